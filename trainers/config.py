@@ -1,0 +1,412 @@
+"""One frozen model per stage, and the pieces they are made of. Imports no torch.
+
+Every field here decides what a stage computes, so every field is part of the stage's identity.
+Local files enter an identity by their content, not by their path (see `identity`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error that names the nearest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        allowed = list(cls.model_fields)
+        for key in data:
+            if key not in allowed:
+                near = difflib.get_close_matches(str(key), allowed, n=1)
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "unknown key '{key}'{hint}; allowed: {allowed}",
+                    {
+                        "key": str(key),
+                        "hint": f", did you mean '{near[0]}'?" if near else "",
+                        "allowed": ", ".join(allowed),
+                    },
+                )
+        return data
+
+
+# --- local files -----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _digest_of_file(path: str, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files and their relative names."""
+    if path.is_dir():
+        parts = [
+            f"{file.relative_to(path)}:{content_digest(file)}"
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    stat = path.stat()
+    return _digest_of_file(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _dump_local(path: Path, info: SerializationInfo) -> str:
+    if info.context and info.context.get("identity"):
+        return f"sha256:{content_digest(path)}"
+    return str(path)
+
+
+LocalPath = Annotated[Path, PlainSerializer(_dump_local, return_type=str)]
+"""A file or folder on this machine; in an identity it stands as a hash of its content."""
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """The complete settings as JSON values, with local files replaced by content hashes."""
+    return config.model_dump(mode="json", context={"identity": True})
+
+
+def hash_of(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _kind_from_string(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Shorthand = BeforeValidator(_kind_from_string)
+"""Lets a variant be written by its name alone: `perplexity` for `{kind: perplexity}`."""
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+class LlamaShape(Frozen):
+    """A random-weight Llama. The vocabulary comes from the corpus' tokenizer."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    tie_word_embeddings: bool = True
+    initializer_range: float = Field(default=0.02, gt=0)
+    max_position_embeddings: int = Field(default=2048, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> LlamaShape:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class Training(Frozen):
+    """How a model is trained: AdamW, linear warm-up, cosine decay to a minimum.
+
+    `batch_size` is the global batch in sequences; gradients are accumulated over micro-batches
+    of `micro_batch_size` sequences.
+    """
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    learning_rate: float = Field(gt=0)
+    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.minimum_learning_rate > self.learning_rate:
+            raise ValueError("minimum_learning_rate is above learning_rate")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
+        return self
+
+
+class ScratchModel(Frozen):
+    """A random-weight Llama, pretrained on the corpus."""
+
+    kind: Literal["scratch"] = "scratch"
+    shape: LlamaShape
+    training: Training
+    seed: int = 0
+
+
+class HubModel(Frozen):
+    """A model of the Hugging Face hub. `shape` (its config.json) lets `plan` work offline."""
+
+    kind: Literal["hub"] = "hub"
+    repository: str
+    revision: str = "main"
+    shape: dict[str, Any] | None = None
+
+
+class FolderModel(Frozen):
+    """A Hugging Face checkpoint in a local folder."""
+
+    kind: Literal["folder"] = "folder"
+    path: LocalPath
+
+
+class GgufModel(Frozen):
+    """A GGUF file, either inside an installed Python package or at `file` on this machine."""
+
+    kind: Literal["gguf"] = "gguf"
+    file: LocalPath
+    package: str | None = None
+
+
+ModelSource = Annotated[
+    ScratchModel | HubModel | FolderModel | GgufModel, Field(discriminator="kind"), Shorthand
+]
+ExistingModel = Annotated[HubModel | FolderModel | GgufModel, Field(discriminator="kind")]
+
+
+# --- text and questions ----------------------------------------------------------------------
+
+
+class GeneratedCorpus(Frozen):
+    """Text of a generated language (`trainers.language`), the same for the same seed."""
+
+    kind: Literal["generated"] = "generated"
+    language_seed: int = 0
+    block_length: int = Field(default=96, gt=1)
+    training_blocks: int = Field(default=8_000, gt=0)
+    calibration_blocks: int = Field(default=128, gt=0)
+    heldout_blocks: int = Field(default=128, gt=0)
+
+
+class TextCorpus(Frozen):
+    """Two text files. Calibration blocks are the first of `train`; training takes the rest."""
+
+    kind: Literal["text"] = "text"
+    train: LocalPath
+    heldout: LocalPath
+    block_length: int = Field(default=512, gt=1)
+    calibration_blocks: int = Field(default=64, gt=0)
+    heldout_blocks: int = Field(default=64, gt=0)
+
+
+class HubCorpus(Frozen):
+    """A text data set of the Hugging Face hub."""
+
+    kind: Literal["hub"] = "hub"
+    dataset: str
+    name: str | None = None
+    revision: str = "main"
+    train_split: str = "train"
+    heldout_split: str = "test"
+    text_field: str = "text"
+    block_length: int = Field(default=512, gt=1)
+    calibration_blocks: int = Field(default=64, gt=0)
+    heldout_blocks: int = Field(default=64, gt=0)
+
+
+Corpus = Annotated[GeneratedCorpus | TextCorpus | HubCorpus, Field(discriminator="kind"), Shorthand]
+
+
+class GeneratedTask(Frozen):
+    """Questions on one ability of the generated language."""
+
+    kind: Literal["generated"] = "generated"
+    name: Literal["agreement", "reference", "knowledge"]
+    language_seed: int = 0
+    shots: int = Field(default=0, ge=0)
+    limit: int = Field(default=400, gt=0)
+
+
+class FileTask(Frozen):
+    """Questions in a local JSON-lines file.
+
+    `choices`: fields query, choices, gold. `partial`: fields context_options, continuation, gold,
+    scored as WinoGrande is (Trinh and Le 2018): the same continuation after each context.
+    """
+
+    kind: Literal["file"] = "file"
+    name: str
+    path: LocalPath
+    format: Literal["choices", "partial"]
+    metric: Literal["acc", "acc_norm"] = "acc"
+    shots: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+
+
+class HarnessTask(Frozen):
+    """Any multiple-choice or generation task that lm-evaluation-harness knows by name."""
+
+    kind: Literal["harness"] = "harness"
+    name: str
+    metric: str = "acc"
+    shots: int = Field(ge=0)
+    limit: int | None = Field(default=None, gt=0)
+
+
+Task = Annotated[GeneratedTask | FileTask | HarnessTask, Field(discriminator="kind")]
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+class AcquireConfig(Frozen):
+    """Bring an existing model into the store as a plain Hugging Face checkpoint."""
+
+    source: ExistingModel
+
+
+class PretrainConfig(Frozen):
+    """Train a random-weight Llama on a corpus."""
+
+    shape: LlamaShape
+    corpus: Corpus
+    training: Training
+
+
+class Perplexity(Frozen):
+    """The rise of the calibration LM loss when a block of layers is left out (P1 section 2.3)."""
+
+    kind: Literal["perplexity"] = "perplexity"
+    samples: int = Field(default=32, gt=0)
+
+
+class BlockInfluence(Frozen):
+    """1 - mean cosine similarity of a block's input and output (P1 section 2.3)."""
+
+    kind: Literal["block_influence"] = "block_influence"
+    samples: int = Field(default=32, gt=0)
+
+
+class TaskAccuracy(Frozen):
+    """The fall of downstream accuracy when a block of layers is left out (P2 section 3)."""
+
+    kind: Literal["task"] = "task"
+    tasks: tuple[Task, ...] = Field(min_length=1)
+
+
+LayerCriterion = Annotated[
+    Perplexity | BlockInfluence | TaskAccuracy, Field(discriminator="kind"), Shorthand
+]
+
+
+class ImportanceConfig(Frozen):
+    """Score every contiguous block of the given lengths."""
+
+    criterion: LayerCriterion
+    corpus: Corpus
+    block_lengths: tuple[int, ...] = Field(min_length=1)
+
+
+class ByScore(Frozen):
+    """Drop the layers whose loss matters least, by the scores in the role `importance`."""
+
+    kind: Literal["score"] = "score"
+    contiguous: bool = False
+
+
+class AtRandom(Frozen):
+    """Drop layers drawn with the trial's seed."""
+
+    kind: Literal["random"] = "random"
+    contiguous: bool = False
+
+
+class ByList(Frozen):
+    """Drop exactly these layers, counted from 0."""
+
+    kind: Literal["layers"] = "layers"
+    drop: tuple[int, ...]
+
+
+LayerChoice = Annotated[ByScore | AtRandom | ByList, Field(discriminator="kind")]
+
+
+class PruneConfig(Frozen):
+    """Cut a model down to `num_hidden_layers` layers, keeping its weights or drawing new ones."""
+
+    num_hidden_layers: int = Field(gt=0)
+    choice: LayerChoice
+    initialise: Literal["inherited", "random"] = "inherited"
+
+
+class DistillLoss(Frozen):
+    """`logits_weight` * KL(teacher || student) + `cross_entropy_weight` * cross-entropy.
+
+    With `logits: none` the student is trained conventionally and no teacher is run.
+    """
+
+    logits: Literal["forward_kl", "none"] = "forward_kl"
+    temperature: float = Field(default=1.0, gt=0)
+    logits_weight: float = Field(default=1.0, gt=0)
+    cross_entropy_weight: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> DistillLoss:
+        if self.logits == "none" and self.cross_entropy_weight == 0:
+            raise ValueError("logits: none needs a cross_entropy_weight above 0")
+        return self
+
+
+class DistillConfig(Frozen):
+    """Train the student (role `model`) against its teacher (role `teacher`)."""
+
+    corpus: Corpus
+    training: Training
+    loss: DistillLoss = DistillLoss()
+
+
+class EvaluateConfig(Frozen):
+    """Held-out LM loss, KL to the teacher where the role is filled, and downstream tasks."""
+
+    corpus: Corpus
+    tasks: tuple[Task, ...] = ()
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+StageConfig = (
+    AcquireConfig | PretrainConfig | ImportanceConfig | PruneConfig | DistillConfig | EvaluateConfig
+)

@@ -1,0 +1,81 @@
+"""What a stage gets and what it gives back. Imports no torch.
+
+A stage is a function `run(context) -> StageResult`. It writes into `context.out`, which becomes
+an artifact once the function returns. Files with a meaning to others:
+
+    model/        a Hugging Face checkpoint (stages that leave a model)
+    curve.jsonl   {"step", "tokens", "time_ms", "name", "value"}, one measurement a line
+    items.jsonl   {"task", "item_id", "split", "correct", "score"}, one question a line
+    scores.jsonl  {"criterion", "block_length", "last", "name", "value"}, one block a line
+    checkpoints/  what the stage needs to go on after a stop; removed when it completes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class Interrupted(BaseException):
+    """Raised out of a reporter when the sweep was asked to stop: save, then let it pass.
+
+    Not an `Exception`, so that no handler for failures takes it for one.
+    """
+
+
+class StageError(Exception):
+    """The stage cannot give a result, for a reason a user should read as it stands."""
+
+
+class Reporter(Protocol):
+    """Where a running stage says how far it is."""
+
+    def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        """`done` of `total` units (steps, blocks, questions), with current values such as `loss`
+        and `tokens_per_s`. Cheap enough for every step. Raises `Interrupted` to stop the stage."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Facts of the machine at hand; they change how fast a stage is, never what it computes."""
+
+    threads: int = 1
+    checkpoint_every_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class StageContext(Generic[ConfigT]):
+    """All that a stage may look at: settings, input artifacts by role, and where to write."""
+
+    config: ConfigT
+    inputs: Mapping[str, Path]
+    out: Path
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Silent)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def model(self, role: str) -> Path:
+        """The checkpoint folder of the artifact in `role`."""
+        return self.inputs[role] / "model"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage measured. `tokens` were trained on or scored; `flops` were spent on them."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    flops: float = 0.0
