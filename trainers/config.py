@@ -339,6 +339,7 @@ class ImportanceConfig(Frozen):
     criterion: LayerCriterion
     corpus: Corpus
     block_lengths: tuple[int, ...] = Field(min_length=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class ByScore(Frozen):

@@ -1,0 +1,513 @@
+"""The command line: parses, delegates, and turns what happened into an exit status.
+
+0 every trial completed, 1 some trial failed, 2 invalid input and nothing was started,
+130 interrupted with the state saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from orchestrator import plan as planning
+from orchestrator.plan import SweepPlan
+from orchestrator.space import enumerate_trials
+from orchestrator.spec import SpecError, Sweep, load
+from orchestrator.store import Lease, LeaseHeldError, Store
+
+if TYPE_CHECKING:
+    from orchestrator.records import Records
+    from orchestrator.selection import Ranking
+    from orchestrator.tuning import Place
+
+INVALID, FAILED, INTERRUPTED = 2, 1, 130
+SMALL_FILES = ("*.parquet", "sweep.yaml", "best.json", "report.html", "tables/*", "figures/*")
+
+out = Console(soft_wrap=True)
+
+
+class _SweepByDefault(click.Group):
+    """A first word that is no command is a sweep file to run."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            if not args[0].endswith((".yaml", ".yml")) and not Path(args[0]).exists():
+                known = ", ".join(sorted(self.commands))
+                ctx.fail(f"{args[0]!r} is neither a sweep file (.yaml) nor a command ({known})")
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # `orchestrate --set a=1 sweep.yaml`: options before the sweep belong to `run` too.
+        if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def _sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--results",
+            type=click.Path(path_type=Path),
+            default=Path("results"),
+            show_default=True,
+            help="Folder for results, artifacts and the MLflow store.",
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a setting of every trial, e.g. --set distill.training.steps=50.",
+        ),
+        click.option("--profile", help="Scale to run at; a file of sweeps/profiles or a path."),
+        click.argument("sweep", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_SweepByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="orchestrate")
+def app() -> None:
+    """Find out, with evidence, how to make a language model smaller.
+
+    \b
+    orchestrate sweeps/depth_ablation.yaml                  run a sweep
+    orchestrate sweeps/depth_ablation.yaml --dry-run        say what would run
+    orchestrate sweeps/depth_ablation.yaml --profile smollm2 --set distill.training.steps=40
+    orchestrate plan sweeps/depth_ablation.yaml --json      the same as JSON
+    orchestrate ui                                          compare runs in MLflow
+    """
+
+
+@app.command()
+@_sweep_options
+@click.option("--address", help="Ray cluster to join, e.g. auto; a local one by default.")
+@click.option("--max-concurrent", type=click.IntRange(min=1), help="Trials at the same time.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+def run(
+    sweep: Path,
+    profile: str | None,
+    overrides: tuple[str, ...],
+    results: Path,
+    address: str | None,
+    max_concurrent: int | None,
+    dry_run: bool,
+) -> None:
+    """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped."""
+    loaded, planned = _plan(sweep, profile, overrides)
+    store = Store(_writable(results) / "artifacts") if not dry_run else Store(results / "artifacts")
+    if dry_run:
+        _print_plan(loaded, planned, store, results)
+        return
+    folder = _results_folder(results, loaded)
+    try:
+        with Lease(folder / ".running").at_once():
+            status = _run(loaded, planned, store, results, address, max_concurrent, _command())
+    except LeaseHeldError as error:
+        _refuse(f"{folder}: this sweep is running already, in another process ({error})")
+    sys.exit(status)
+
+
+@app.command()
+@_sweep_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path, as_json: bool
+) -> None:
+    """Print trials, shapes, stages and what they share; run nothing.
+
+    \b
+    orchestrate plan sweeps/depth_ablation.yaml
+    orchestrate plan sweeps/depth_ablation.yaml --profile smollm2 --json
+    """
+    loaded, planned = _plan(sweep, profile, overrides)
+    store = Store(results / "artifacts")
+    if as_json:
+        click.echo(json.dumps(_plan_as_json(loaded, planned, store, results), indent=1))
+    else:
+        _print_plan(loaded, planned, store, results)
+
+
+@app.command()
+@_sweep_options
+def validate(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
+    """Check a sweep file and its profile; exit 2 with every mistake, or say that it is valid."""
+    loaded, planned = _plan(sweep, profile, overrides)
+    out.print(f"{sweep}: valid, {len(planned.trials)} trials at profile {loaded.profile}")
+
+
+@app.command()
+@_sweep_options
+def report(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
+    """Write tables, figures, report.html and best.json again from the parquet files."""
+    loaded, _ = _plan(sweep, profile, overrides)
+    folder = _recorded_folder(results, loaded)
+    _write_report(_read(folder), loaded, folder)
+    out.print(f"written: {folder}/report.html, tables/, figures/, best.json")
+
+
+@app.command()
+@_sweep_options
+def best(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
+    """Print the winning configuration as JSON."""
+    loaded, _ = _plan(sweep, profile, overrides)
+    path = _recorded_folder(results, loaded) / "best.json"
+    if not path.exists():
+        _refuse(f"{path}: no trial of this sweep has won yet")
+    click.echo(path.read_text())
+
+
+@app.command()
+@_sweep_options
+def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
+    """Copy a finished sweep's small files to results/published, to be committed."""
+    loaded, _ = _plan(sweep, profile, overrides)
+    folder = results / loaded.name / loaded.profile
+    if not (folder / "trials.parquet").exists():
+        _refuse(f"{folder}: nothing to publish; run the sweep first")
+    target = results / "published" / loaded.name / loaded.profile
+    shutil.rmtree(target, ignore_errors=True)
+    files = [file for pattern in SMALL_FILES for file in sorted(folder.glob(pattern))]
+    for file in files:
+        copy = target / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    size = sum(file.stat().st_size for file in files) / 1e6
+    out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
+
+
+@app.command()
+@click.option("--results", type=click.Path(path_type=Path), default=Path("results"))
+@click.option("--port", default=5000, show_default=True)
+def ui(results: Path, port: int) -> None:
+    """Open MLflow's page on the runs, on 127.0.0.1."""
+    from orchestrator.tracking import ui_command
+
+    try:
+        command = ui_command(results, port)
+    except ValueError as error:
+        _refuse(str(error))
+    out.print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C to end)")
+    os.execv(command[0], command)
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+def _run(
+    sweep: Sweep,
+    planned: SweepPlan,
+    store: Store,
+    results: Path,
+    address: str | None,
+    max_concurrent: int | None,
+    command: str,
+) -> int:
+    from orchestrator.records import Ledger, write_parquet
+    from orchestrator.tracking import Mirror, artifact_location, tracking_uri
+    from orchestrator.tuning import Place, make_jobs
+
+    place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)
+    (place.folder / "sweep.yaml").write_text(sweep.dump_yaml())
+    ledger = Ledger(place.folder / "ledger.jsonl")
+    resolved = (place.folder / "sweep.yaml").read_text()
+    mirror = Mirror(
+        tracking_uri(results),
+        artifact_location(results),
+        sweep.name,
+        sweep.profile,
+        resolved,
+        ledger.tracked,
+    )
+    order = [trial.trial.trial_id for trial in planned.trials]
+    jobs = make_jobs(planned, ledger.finished_trials(), store, sweep.resources)
+    _greet(sweep, planned, len(order) - sum(not job.shared for job in jobs))
+    interrupted = False
+    if jobs:
+        interrupted = _run_jobs(jobs, place, ledger, mirror, sweep, address, max_concurrent)
+    records = ledger.records(sweep.name, sweep.profile, order)
+    write_parquet(records, place.folder)
+    ranking = _write_report(records, sweep, place.folder, command)
+    _copy_winner(ranking, planned, place)
+    mirror.finish(place.folder)
+    warnings = mirror.close()
+    write_parquet(ledger.records(sweep.name, sweep.profile, order), place.folder)
+    _close(records, ranking, place, warnings, sweep)
+    if interrupted:
+        out.print("interrupted; the same command goes on from here")
+        return INTERRUPTED
+    mine = set(order)
+    return FAILED if any(t.status == "failed" and t.trial_id in mine for t in records.trials) else 0
+
+
+def _run_jobs(
+    jobs: Sequence[Any],
+    place: Place,
+    ledger: Any,
+    mirror: Any,
+    sweep: Sweep,
+    address: str | None,
+    max_concurrent: int | None,
+) -> bool:
+    """Whether the run was interrupted."""
+    from orchestrator import tuning
+    from orchestrator.progress import Board
+
+    titles = {
+        job.job_id: f"{job.nodes[0].kind} (shared)" if job.shared else job.trial.trial.label
+        for job in jobs
+    }
+    board = Board(out, titles)
+    try:
+        with board.shown():
+            summary = tuning.run(
+                jobs,
+                place,
+                ledger,
+                mirror,
+                board,
+                sweep.resources.checkpoint_every_s,
+                address,
+                max_concurrent or sweep.resources.max_concurrent,
+            )
+    except KeyboardInterrupt:
+        return True
+    return summary.interrupted
+
+
+def _greet(sweep: Sweep, planned: SweepPlan, done: int) -> None:
+    out.print(f"[bold]{sweep.name}[/] at profile [bold]{sweep.profile}[/]: {sweep.question}")
+    for left in planned.left_out:
+        out.print(f"  left out: {escape(str(dict(left.assignment)))}: {left.reason}")
+    out.print(f"{len(planned.trials)} trials, {done} of them done already")
+
+
+def _write_report(
+    records: Records, sweep: Sweep, folder: Path, command: str | None = None
+) -> Ranking | None:
+    from orchestrator import report as reporting
+
+    return reporting.write(
+        records,
+        folder,
+        sweep.question,
+        sweep.select.metric,
+        sweep.select.mode,
+        command or f"orchestrate sweeps/{sweep.name}.yaml --profile {sweep.profile}",
+    )
+
+
+def _copy_winner(ranking: Ranking | None, planned: SweepPlan, place: Place) -> None:
+    """`best/`: the winner's checkpoint as a folder of its own, replaced whole."""
+    from orchestrator.selection import winner
+
+    chosen = winner(ranking)
+    if chosen is None:
+        return
+    steps = next(
+        (t.steps for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None
+    )
+    if steps is None:  # the winner is of an earlier, larger form of this sweep
+        return
+    model = next(steps[step] for step in ("distill", "prune", "source") if step in steps)
+    beside, target = place.folder / "best.part", place.folder / "best"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(place.store.path(model.stage_id) / "model", beside)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+
+
+def _close(
+    records: Records,
+    ranking: Ranking | None,
+    place: Place,
+    warnings: Sequence[str],
+    sweep: Sweep,
+) -> None:
+    """The last lines: the table, the winner, failures, and where to look next."""
+    from rich.table import Table as Grid
+
+    from orchestrator import report as reporting
+    from orchestrator import tables
+    from orchestrator.selection import winner
+
+    table = tables.configurations(records, ranking)
+    columns, rows = table.for_readers()
+    grid = Grid(title=table.caption, title_justify="left")
+    for column in columns:
+        grid.add_column(escape(column.header))
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    out.print(grid)
+    for trial in records.trials:
+        if trial.status == "failed":
+            out.print(f"[red]failed[/] {trial.trial_id}: {escape(str(trial.reason))}")
+    for warning in warnings:
+        out.print(f"[yellow]MLflow[/]: {escape(warning)}")
+    out.print(escape(reporting.summary(winner(ranking), sweep.select.metric)))
+    out.print(f"report: {place.folder}/report.html   winner: {place.folder}/best")
+    out.print("compare runs: orchestrate ui")
+
+
+# --- planning --------------------------------------------------------------------------------
+
+
+def _plan(sweep: Path, profile: str | None, overrides: Sequence[str]) -> tuple[Sweep, SweepPlan]:
+    try:
+        loaded = load(sweep, profile, overrides)
+        return loaded, planning.plan_sweep(loaded, enumerate_trials(loaded))
+    except SpecError as error:
+        _refuse(*error.messages)
+
+
+def _refuse(*messages: str) -> NoReturn:
+    for message in messages:
+        click.echo(message, err=True)
+    sys.exit(INVALID)
+
+
+def _writable(results: Path) -> Path:
+    probe = results / f".writable-{os.getpid()}"
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        _refuse(f"--results {results}: cannot be written ({error.strerror}); name another folder")
+    return results.resolve()
+
+
+def _results_folder(results: Path, sweep: Sweep) -> Path:
+    folder = results / sweep.name / sweep.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _recorded_folder(results: Path, sweep: Sweep) -> Path:
+    """The sweep's own results, or the published ones where it has not been run here."""
+    own = results / sweep.name / sweep.profile
+    published = results / "published" / sweep.name / sweep.profile
+    for folder in (own, published):
+        if (folder / "trials.parquet").exists():
+            return folder
+    _refuse(f"{own}: no results of this sweep at this profile, here or published; run it first")
+
+
+def _read(folder: Path) -> Records:
+    from orchestrator.records import read_parquet
+
+    return read_parquet(folder)
+
+
+def _command() -> str:
+    return "orchestrate " + " ".join(sys.argv[1:])
+
+
+def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> None:
+    from orchestrator.progress import plan_table
+
+    described = _plan_as_json(sweep, planned, store, results)
+    out.print(f"[bold]{sweep.name}[/] at profile [bold]{sweep.profile}[/]: {sweep.question}")
+    for table in plan_table(described):
+        out.print(table)
+    for left in described["left_out"]:
+        out.print(f"left out: {escape(str(left['assignment']))}: {left['reason']}")
+    total = described["total"]
+    out.print(
+        f"{total['trials']} trials ({total['trials_done']} done), {total['stages']} stages "
+        f"({total['stages_stored']} stored), {total['tokens']:,} tokens, {total['flops']:.3g} "
+        "FLOPs; work shared between trials counts once, questions are not counted"
+    )
+
+
+def _plan_as_json(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> dict[str, Any]:
+    done = _finished(results / sweep.name / sweep.profile)
+    stored = {node.stage_id: bool(store.manifest(node.stage_id)) for node in planned.nodes()}
+    trials = []
+    for planned_trial in planned.trials:
+        trial = planned_trial.trial
+        stages = [
+            {
+                "step": step,
+                "stage_id": node.stage_id,
+                "kind": node.kind,
+                "trials": planned.asked_by[node.stage_id],
+                "stored": stored[node.stage_id],
+                "tokens": node.tokens,
+                "flops": node.flops,
+                "config": node.config,
+                "inputs": {role: str(store.path(i)) for role, i in node.inputs.items()},
+                "seed": node.seed,
+            }
+            for step, node in planned_trial.steps.items()
+        ]
+        trials.append(
+            {
+                "trial_id": trial.trial_id,
+                "label": trial.label,
+                "baseline": trial.baseline,
+                "axes": dict(trial.axes),
+                "seed": trial.seed,
+                "done": trial.trial_id in done,
+                "parameters": planned_trial.shape.parameters,
+                "parameters_non_embedding": planned_trial.shape.parameters_non_embedding,
+                "num_hidden_layers": planned_trial.shape.num_hidden_layers,
+                "tokens": sum(node.tokens for node in planned_trial.steps.values()),
+                "flops": sum(node.flops for node in planned_trial.steps.values()),
+                "stages": stages,
+            }
+        )
+    nodes = planned.nodes()
+    return {
+        "sweep": sweep.name,
+        "profile": sweep.profile,
+        "trials": trials,
+        "left_out": [
+            {"assignment": dict(left.assignment), "reason": left.reason}
+            for left in planned.left_out
+        ],
+        "total": {
+            "trials": len(trials),
+            "trials_done": sum(trial["done"] for trial in trials),
+            "stages": len(nodes),
+            "stages_stored": sum(stored.values()),
+            "tokens": sum(node.tokens for node in nodes),
+            "flops": sum(node.flops for node in nodes),
+        },
+    }
+
+
+def _finished(folder: Path) -> set[str]:
+    if not (folder / "ledger.jsonl").exists():
+        return set()
+    from orchestrator.records import Ledger
+
+    return Ledger(folder / "ledger.jsonl").finished_trials()
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(INVALID)
+
+
+if __name__ == "__main__":
+    main()

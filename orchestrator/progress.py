@@ -1,0 +1,192 @@
+"""The sweep on the terminal: a live table, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+MARKS = {
+    "waiting": "[dim]waiting[/]",
+    "running": "[cyan]running[/]",
+    "completed": "[green]completed[/]",
+    "failed": "[red]failed[/]",
+    "interrupted": "[yellow]interrupted[/]",
+}
+PLAIN_EVERY_S = 10.0
+
+
+@dataclass
+class Row:
+    """What is shown of one job."""
+
+    title: str
+    state: str = "waiting"
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    values: Mapping[str, float] = field(default_factory=dict)
+    started_at: float = 0.0
+    stage_started_at: float = 0.0
+    ended_at: float = 0.0
+    reason: str | None = None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Time left of the running stage, from its pace so far."""
+        if self.state != "running" or not self.done:
+            return None
+        return (now - self.stage_started_at) / self.done * (self.total - self.done)
+
+    def seconds(self, now: float) -> float:
+        """How long the job has run."""
+        return (self.ended_at or now) - self.started_at if self.started_at else 0.0
+
+
+class Board:
+    """The state of every job, drawn as a live table or told in lines. A `tuning.Watcher`."""
+
+    def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
+        self._console = console
+        self._rows = {job_id: Row(title) for job_id, title in titles.items()}
+        self._began = time.monotonic()
+        self._told: dict[str, float] = {}
+        self._live = console.is_terminal
+
+    def shown(self) -> AbstractContextManager[object]:
+        """While this is entered, the live table is on the screen."""
+        if not self._live:
+            return nullcontext()
+        return Live(
+            get_renderable=self.table,
+            console=self._console,
+            refresh_per_second=2,
+            vertical_overflow="visible",
+        )
+
+    def started(self, job_id: str) -> None:
+        """A worker has taken the job."""
+        row = self._rows[job_id]
+        row.state, row.started_at = "running", time.monotonic()
+        self._say(f"started    {row.title}")
+
+    def advanced(
+        self, job_id: str, stage: str, done: int, total: int, values: Mapping[str, float]
+    ) -> None:
+        """A stage of the job is `done` of `total` units far."""
+        row, now = self._rows[job_id], time.monotonic()
+        if stage != row.stage:
+            row.stage_started_at = now
+        row.stage, row.done, row.total, row.values = stage, done, total, dict(values)
+        if now - self._told.get(job_id, row.started_at) > PLAIN_EVERY_S:
+            self._told[job_id] = now
+            self._say(f"running    {row.title}  {_progress(row)}  {_values(row, now)}")
+
+    def finished(self, job_id: str, outcome: str, reason: str | None) -> None:
+        """The job has ended."""
+        row, now = self._rows[job_id], time.monotonic()
+        row.state, row.reason, row.ended_at = outcome, reason, now
+        tail = f": {reason}" if reason else ""
+        self._say(f"{outcome:<10} {row.title}  {clock(row.seconds(now))}{tail}")
+
+    def table(self) -> Table:
+        """The live table: running jobs in full, the others as long as the screen has room."""
+        now = time.monotonic()
+        table = Table(title=self._summary(now), title_justify="left", expand=False)
+        for name in ("job", "state", "stage", "step", "loss", "tokens/s", "time", "left"):
+            table.add_column(name, justify="left" if name in ("job", "state", "stage") else "right")
+        for row in self._visible():
+            table.add_row(*_cells(row, now))
+        return table
+
+    def _visible(self) -> Sequence[Row]:
+        room = max(6, self._console.size.height - 6)
+        rank = {"running": 0, "failed": 1, "waiting": 2, "interrupted": 2, "completed": 3}
+        rows = list(self._rows.values())
+        kept = sorted(range(len(rows)), key=lambda i: (rank[rows[i].state], i))[:room]
+        return [rows[i] for i in sorted(kept)]
+
+    def _summary(self, now: float) -> str:
+        states = [row.state for row in self._rows.values()]
+        counts = [f"{states.count(s)} {s}" for s in MARKS if states.count(s)]
+        return f"{', '.join(counts)}; {clock(now - self._began)} elapsed{self._left(now)}"
+
+    def _left(self, now: float) -> str:
+        """Time left of the sweep: open trials at the pace of the finished ones."""
+        ended = [row for row in self._rows.values() if row.state == "completed"]
+        waiting = [row for row in self._rows.values() if row.state in ("waiting", "running")]
+        running = sum(row.state == "running" for row in self._rows.values())
+        if not ended or not running or not waiting:
+            return ""
+        mean = sum(row.seconds(now) for row in ended) / len(ended)
+        return f", about {clock(mean * len(waiting) / running)} left"
+
+    def _say(self, line: str) -> None:
+        if not self._live:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _cells(row: Row, now: float) -> list[str]:
+    left = row.seconds_left(now)
+    running = row.state == "running"
+    return [
+        row.title,
+        MARKS[row.state] + (f" [red]{row.reason[:60]}[/]" if row.reason else ""),
+        row.stage if running else "",
+        f"{row.done}/{row.total}" if running and row.total else "",
+        f"{row.values['loss']:.3f}" if "loss" in row.values else "",
+        f"{row.values['tokens_per_s']:,.0f}" if running and "tokens_per_s" in row.values else "",
+        clock(row.seconds(now)) if row.started_at else "",
+        clock(left) if left is not None else "",
+    ]
+
+
+def _progress(row: Row) -> str:
+    return f"{row.stage} {row.done}/{row.total}" if row.total else row.stage
+
+
+def _values(row: Row, now: float) -> str:
+    parts = [f"{name} {value:.4g}" for name, value in row.values.items()]
+    if (left := row.seconds_left(now)) is not None:
+        parts.append(f"{clock(left)} left")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plan_table(described: Mapping[str, Any]) -> list[Table]:
+    """The plan (as `orchestrate plan --json` prints it) as two tables: trials, then stages."""
+    trials = Table(title="trials", title_justify="left")
+    for name in ("trial", "settings", "parameters", "layers", "tokens", "FLOPs", "stages", "done"):
+        trials.add_column(name, overflow="fold")
+    for trial in described["trials"]:
+        kinds = [stage["kind"] for stage in trial["stages"]]
+        trials.add_row(
+            trial["trial_id"],
+            trial["label"],
+            f"{trial['parameters']:,}",
+            str(trial["num_hidden_layers"]),
+            f"{trial['tokens']:,}",
+            f"{trial['flops']:.2g}",
+            " ".join(kinds),
+            "yes" if trial["done"] else "",
+        )
+    stages = Table(title="stages", title_justify="left")
+    for name in ("stage", "asked for by", "tokens", "FLOPs", "stored"):
+        stages.add_column(name)
+    seen = {stage["stage_id"]: stage for t in described["trials"] for stage in t["stages"]}
+    for stage in seen.values():
+        asked = f"{stage['trials']} trials" if stage["trials"] > 1 else "1 trial"
+        cells = [stage["stage_id"], asked, f"{stage['tokens']:,}", f"{stage['flops']:.2g}"]
+        stages.add_row(*cells, "yes" if stage["stored"] else "")
+    return [trials, stages]

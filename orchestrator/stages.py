@@ -1,0 +1,53 @@
+"""The table of stages: what each is configured by, reads, leaves and is run by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel
+
+from trainers.config import (
+    AcquireConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ImportanceConfig,
+    PretrainConfig,
+    PruneConfig,
+)
+
+Kind = Literal["acquire", "pretrain", "importance", "prune", "distill", "evaluate"]
+
+
+@dataclass(frozen=True)
+class StageType:
+    """One kind of stage. `version` is raised when what the stage computes changes."""
+
+    kind: Kind
+    config: type[BaseModel]
+    entry_point: str
+    version: int
+    uses_seed: bool = False
+    may_use_all_cores: bool = False
+    """Whether it speeds up with the cores that a stage awaited by several trials is granted."""
+
+
+STAGES: Mapping[str, StageType] = {
+    stage.kind: stage
+    for stage in (
+        StageType("acquire", AcquireConfig, "trainers.acquire:run", 1),
+        StageType(
+            "pretrain",
+            PretrainConfig,
+            "trainers.pretrain:run",
+            1,
+            uses_seed=True,
+            may_use_all_cores=True,
+        ),
+        StageType("importance", ImportanceConfig, "trainers.importance:run", 1),
+        StageType("prune", PruneConfig, "trainers.prune:run", 1, uses_seed=True),
+        StageType("distill", DistillConfig, "trainers.distill:run", 1, uses_seed=True),
+        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 1),
+    )
+}

@@ -1,0 +1,476 @@
+"""The Ray Tune adapter: hands out jobs whose inputs are ready, to warm reused workers.
+
+A job is either a stage that several trials wait for, or a whole trial. Both are Tune trials of one
+experiment, so Tune places them all and its actors stay warm from job to job. Tune's own state is
+scratch: what is finished is known from the ledger alone. The only import of ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from orchestrator import execute
+from orchestrator.execute import Interrupted, Runtime
+from orchestrator.plan import StageNode, SweepPlan, TrialPlan
+from orchestrator.records import Ledger, StageRecord
+from orchestrator.spec import Resources
+from orchestrator.stages import STAGES
+from orchestrator.store import Store
+from orchestrator.tracking import Mirror
+
+REPORT_EVERY_S = 0.5
+Outcome = Literal["completed", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing for a worker to do: the stages of a trial, or one stage that trials share."""
+
+    job_id: str
+    trial: TrialPlan
+    """The trial; for a shared stage the first one that asks for it, which bears its cost."""
+    nodes: tuple[StageNode, ...]
+    shared: bool
+    needs: frozenset[str]
+    """Shared stages that must be stored before this job may start."""
+    cpus: int
+
+
+class Watcher(Protocol):
+    """Who shows a person how the sweep is going."""
+
+    def started(self, job_id: str) -> None:
+        """A worker has taken the job."""
+
+    def advanced(
+        self, job_id: str, stage: str, done: int, total: int, values: Mapping[str, float]
+    ) -> None:
+        """A stage of the job is `done` of `total` units far."""
+
+    def finished(self, job_id: str, outcome: Outcome, reason: str | None) -> None:
+        """The job has ended."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sweep's files are and under what name they are recorded."""
+
+    sweep: str
+    profile: str
+    folder: Path
+    store: Store
+
+    def requested_by(self, trial_id: str) -> str:
+        """Who asked for an artifact, as its manifest names it."""
+        return f"{self.sweep}/{self.profile}/{trial_id}"
+
+    @property
+    def stop_file(self) -> Path:
+        """Its existence asks every worker to save and stop."""
+        return self.folder / ".stop"
+
+
+# --- which job next --------------------------------------------------------------------------
+
+
+def make_jobs(plan: SweepPlan, finished: set[str], store: Store, cpus: Resources) -> list[Job]:
+    """The jobs that are left: shared stages that are not stored, then trials, in plan order."""
+    open_trials = [trial for trial in plan.trials if trial.trial.trial_id not in finished]
+    shared: dict[str, Job] = {}
+    for trial in open_trials:
+        for node in trial.steps.values():
+            if plan.asked_by[node.stage_id] < 2 or node.stage_id in shared:
+                continue
+            if store.manifest(node.stage_id) is None:
+                needs = frozenset(i for i in node.inputs.values() if i in shared)
+                wide = STAGES[node.kind].may_use_all_cores
+                cores = cpus.cpus_shared if wide else cpus.cpus_per_trial
+                shared[node.stage_id] = Job(node.stage_id, trial, (node,), True, needs, cores)
+    trials = [
+        Job(
+            job_id=trial.trial.trial_id,
+            trial=trial,
+            nodes=tuple(trial.steps.values()),
+            shared=False,
+            needs=frozenset(n.stage_id for n in trial.steps.values() if n.stage_id in shared),
+            cpus=cpus.cpus_per_trial,
+        )
+        for trial in open_trials
+    ]
+    return [*shared.values(), *trials]
+
+
+@dataclass
+class JobQueue:
+    """What waits, what runs and what has ended. Pure bookkeeping; knows nothing of Ray."""
+
+    waiting: list[Job]
+    running: dict[str, Job] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    stopping: bool = False
+
+    def take(self) -> Job | None:
+        """The next job whose needs are met, if any."""
+        if self.stopping:
+            return None
+        job = next((job for job in self.waiting if job.needs <= self.done), None)
+        if job is not None:
+            self.waiting.remove(job)
+            self.running[job.job_id] = job
+        return job
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no job will ever be handed out again."""
+        return self.stopping or not self.waiting
+
+    def finish(self, job_id: str, outcome: Outcome, reason: str | None) -> list[tuple[Job, str]]:
+        """Note the end of a running job; gives the jobs that can now never run, and why."""
+        job = self.running.pop(job_id)
+        if outcome == "completed":
+            self.done.add(job_id)
+        if outcome != "failed":
+            return []
+        self.failed[job_id] = reason or "no reason given"
+        return self._doom(job)
+
+    def _doom(self, broken: Job) -> list[tuple[Job, str]]:
+        doomed: list[tuple[Job, str]] = []
+        for job in [job for job in self.waiting if broken.job_id in job.needs]:
+            if job not in self.waiting:
+                continue
+            self.waiting.remove(job)
+            reason = f"its {broken.nodes[0].kind} failed: {self.failed[broken.job_id]}"
+            if broken.shared and job.shared:
+                reason = self.failed[broken.job_id]
+            self.failed[job.job_id] = reason
+            doomed.append((job, reason))
+            doomed += self._doom(job)
+        return doomed
+
+
+# --- in the worker ---------------------------------------------------------------------------
+
+
+def run_job(config: dict[str, Any]) -> None:
+    """Run one job in a Tune worker; its last report is the result. Failures come back as data, so
+    that the worker stays warm."""
+    from ray import tune
+
+    tune.report(_worked(json.loads(config["work"])))
+
+
+def _worked(work: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(work["threads"])
+    records: list[StageRecord] = []
+    try:
+        for node in work["nodes"]:
+            records.append(
+                execute.run_stage(
+                    StageNode(**node),
+                    Store(Path(work["store"])),
+                    work["trial_id"],
+                    work["requested_by"],
+                    _Throttled(Path(work["stop_file"])),
+                    Runtime(work["threads"], work["checkpoint_every_s"]),
+                )
+            )
+    except Interrupted:
+        return _result("interrupted", None, None, records)
+    except Exception as error:  # whatever a stage raises is this trial's failure, not the sweep's
+        return _result("failed", _reason(error), traceback.format_exc(), records)
+    return _result("completed", None, None, records)
+
+
+def _result(
+    outcome: Outcome, reason: str | None, trace: str | None, records: Sequence[StageRecord]
+) -> dict[str, Any]:
+    found = {"outcome": outcome, "reason": reason, "trace": trace}
+    return {"result": json.dumps(found | {"stages": [asdict(record) for record in records]})}
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    from trainers.contract import StageError
+
+    return first if isinstance(error, StageError) else f"{type(error).__name__}: {first}"
+
+
+class _Throttled:
+    """Passes progress on to Tune a few times a second, and looks whether to stop."""
+
+    def __init__(self, stop_file: Path) -> None:
+        self._stop_file = stop_file
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self._last < REPORT_EVERY_S and done:
+            return
+        self._last = now
+        if self._stop_file.exists():
+            raise Interrupted
+        from ray import tune
+
+        # As one text: `done` and `time_total_s` among others mean something to Tune itself.
+        tune.report({"progress": json.dumps([stage, done, total, dict(values)])})
+
+
+# --- in the driver ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run of the sweep ended: jobs by outcome."""
+
+    completed: int
+    failed: int
+    interrupted: bool
+
+
+class _Desk:
+    """The driver's side: hands out jobs, writes the ledger, tells the watcher and the mirror."""
+
+    def __init__(
+        self, queue: JobQueue, place: Place, ledger: Ledger, mirror: Mirror, watcher: Watcher
+    ) -> None:
+        self.queue, self.place = queue, place
+        self._ledger, self._mirror, self._watcher = ledger, mirror, watcher
+        self.completed = self.failed = 0
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        # Tune pickles its searcher and callbacks into a state file that is never read here.
+        return (object, ())
+
+    def ended(self, job: Job, result: Mapping[str, Any]) -> None:
+        """Record what a job's result says, and fail what can no longer run."""
+        outcome, reason = result["outcome"], result["reason"]
+        stages = [StageRecord(**record) for record in result["stages"]]
+        for stage in stages:
+            self._ledger.stage(stage)
+            if stage.kind == "importance":
+                self._ledger.scores(execute.block_scores(stage.stage_id, self.place.store))
+        if result["trace"]:
+            self._keep_trace(job, result["trace"])
+        if outcome == "completed" and not job.shared:
+            self._collect(job, stages)
+        if outcome == "failed":
+            self._fail(job, reason, stages)
+        self._watcher.finished(job.job_id, outcome, reason)
+        for doomed, why in self.queue.finish(job.job_id, outcome, reason):
+            self._fail(doomed, why, [])
+            self._watcher.finished(doomed.job_id, "failed", why)
+
+    def advanced(self, job: Job, result: Mapping[str, Any]) -> None:
+        self._watcher.advanced(job.job_id, *json.loads(result["progress"]))
+
+    def started(self, job: Job) -> None:
+        self._watcher.started(job.job_id)
+
+    def _collect(self, job: Job, stages: Sequence[StageRecord]) -> None:
+        found = execute.collect(
+            job.trial, self.place.store, stages, self.place.sweep, self.place.profile
+        )
+        self._ledger.trial(found.trial, found.curves, found.items)
+        self._mirror.trial(found.trial, found.curves)
+        self.completed += 1
+
+    def _fail(self, job: Job, reason: str, stages: Sequence[StageRecord]) -> None:
+        if job.shared:
+            return
+        record = execute.failed_trial(
+            job.trial, reason, stages, self.place.sweep, self.place.profile
+        )
+        self._ledger.trial(record, (), ())
+        self._mirror.trial(record, ())
+        self.failed += 1
+
+    def _keep_trace(self, job: Job, trace: str) -> None:
+        path = self.place.folder / "logs" / f"{job.job_id}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(trace)
+
+
+def run(
+    jobs: Sequence[Job],
+    place: Place,
+    ledger: Ledger,
+    mirror: Mirror,
+    watcher: Watcher,
+    checkpoint_every_s: float,
+    address: str | None = None,
+    max_concurrent: int | None = None,
+) -> Summary:
+    """Run all jobs to their end. Ctrl-C once saves and stops, twice stops at once."""
+    queue = JobQueue(list(jobs))
+    desk = _Desk(queue, place, ledger, mirror, watcher)
+    place.stop_file.unlink(missing_ok=True)
+    with _ray(address) as cores, _scratch() as scratch, _interruptible(queue, place.stop_file):
+        _tuner(desk, checkpoint_every_s, cores, max_concurrent, scratch).fit()
+    place.stop_file.unlink(missing_ok=True)
+    return Summary(desk.completed, desk.failed, queue.stopping)
+
+
+def _tuner(
+    desk: _Desk, checkpoint_every_s: float, cores: int, max_concurrent: int | None, scratch: Path
+) -> Any:
+    from ray import tune
+
+    trainable = tune.with_resources(
+        run_job, lambda config: tune.PlacementGroupFactory([{"CPU": min(config["cpus"], cores)}])
+    )
+    describe = _describer(desk.place, checkpoint_every_s, cores)
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_searcher(desk, describe),
+            num_samples=-1,
+            reuse_actors=True,
+            max_concurrent_trials=max_concurrent or cores,
+            trial_name_creator=lambda trial: str(trial.trial_id),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            storage_path=str(scratch), callbacks=[_callback(desk)], verbose=0, log_to_file=False
+        ),
+    )
+
+
+def _describer(
+    place: Place, checkpoint_every_s: float, cores: int
+) -> Callable[[Job], dict[str, Any]]:
+    def describe(job: Job) -> dict[str, Any]:
+        cpus = min(job.cpus, cores)
+        trial_id = job.trial.trial.trial_id
+        work = {
+            "nodes": [asdict(node) for node in job.nodes],
+            "store": str(place.store.root),
+            "trial_id": trial_id,
+            "requested_by": place.requested_by(trial_id),
+            "stop_file": str(place.stop_file),
+            "threads": cpus,
+            "checkpoint_every_s": checkpoint_every_s,
+        }
+        return {"job_id": job.job_id, "cpus": cpus, "work": json.dumps(work)}
+
+    return describe
+
+
+def _searcher(desk: _Desk, describe: Callable[[Job], dict[str, Any]]) -> Any:
+    """Tune's searcher that proposes the next ready job, and waits while there is none."""
+    from ray.tune.search import Searcher
+
+    class Jobs(Searcher):  # type: ignore[misc]
+        def suggest(self, trial_id: str) -> Any:
+            job = desk.queue.take()
+            if job is not None:
+                return describe(job)
+            return Searcher.FINISHED if desk.queue.exhausted else None
+
+        def on_trial_complete(
+            self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        ) -> None:
+            """Told through the callback, which also knows why a worker died."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing to save: the ledger knows."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing to restore: the ledger knows."""
+
+    return Jobs(metric=None, mode=None)
+
+
+def _callback(desk: _Desk) -> Any:
+    """Tune's events, turned into the desk's."""
+    from ray.tune import Callback
+
+    class Events(Callback):  # type: ignore[misc]
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            if (job := desk.queue.running.get(trial.config["job_id"])) is not None:
+                desk.started(job)
+
+        def on_trial_result(
+            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
+            job = desk.queue.running.get(trial.config["job_id"])
+            if job is None:
+                return
+            if "result" in result:
+                desk.ended(job, json.loads(result["result"]))
+            elif "progress" in result:
+                desk.advanced(job, result)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            # Tune's own getter looks where the file has not been uploaded to yet.
+            path = Path(trial.error_file) if trial.error_file else None
+            trace = path.read_text() if path and path.exists() else "no error was recorded"
+            reason = f"the worker died: {trace.strip().splitlines()[-1]}"
+            job = desk.queue.running.get(trial.config["job_id"])
+            if job is not None:
+                failure = {"outcome": "failed", "reason": reason, "trace": trace, "stages": []}
+                desk.ended(job, failure)
+
+    return Events()
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[int]:
+    """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its CPUs."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a banner whatever `verbose` says
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+    import ray
+
+    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    try:
+        yield max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="orchestrate-tune-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _interruptible(queue: JobQueue, stop_file: Path) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks every worker to save and stop; the second stops now."""
+
+    def ask(number: int, frame: Any) -> None:
+        if queue.stopping:
+            raise KeyboardInterrupt
+        queue.stopping = True
+        with suppress(OSError):
+            stop_file.touch()
+
+    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

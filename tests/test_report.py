@@ -1,0 +1,157 @@
+"""The page stands alone, names the winner beside the teacher, and hides no failure."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made_up
+import pytest
+
+from orchestrator import figures, report
+from orchestrator.records import CurvePoint, Records
+
+RECORDS = made_up.records()
+QUESTION = "Which layers <can> be dropped?"
+COMMAND = "orchestrate sweeps/depth_ablation.yaml --profile made_up"
+
+
+def write(folder: Path, records: Records = RECORDS) -> Path:
+    report.write(records, folder, QUESTION, "accuracy.mean", "max", COMMAND)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("report"))
+
+
+class Page(HTMLParser):
+    """Collects the text, and every address that a browser would fetch."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.addresses = "", []  # type: ignore[var-annotated]
+        self.feed(html)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_same_records_give_the_same_files(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert {path.suffix for path in files} == {
+        ".md", ".csv", ".tex", ".png", ".svg", ".html", ".json"
+    }  # fmt: skip
+    for path in files:
+        assert (tmp_path / path).read_bytes() == (folder / path).read_bytes(), path
+
+
+def test_the_page_asks_the_question_and_names_winner_teacher_failures_and_command(
+    folder: Path,
+) -> None:
+    page = Page((folder / "report.html").read_text())
+    best = json.loads((folder / "best.json").read_text())
+    assert QUESTION in page.text
+    assert "criterion=perplexity wins" in page.text
+    assert "Tied with it, and not cheaper: criterion=block_influence." in page.text
+    for value in (best["report"]["value"], best["teacher"]["report"]["value"]):
+        assert f"{value:.3f}" in page.text
+    assert "distill: the loss is not finite at step 7 | <nan>" in page.text
+    assert COMMAND in page.text
+
+
+def test_the_page_needs_no_network(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text())
+    assert len(page.addresses) == 3
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert "@import" not in (folder / "report.html").read_text()
+
+
+def test_best_json_holds_the_winner_and_what_stands_beside_it(folder: Path) -> None:
+    best = json.loads((folder / "best.json").read_text())
+    trial = next(t for t in RECORDS.trials if t.trial_id == best["trial_id"])
+    assert (best["trial_id"], best["seed"]) == ("perplexity-1", 1)
+    assert best["configuration"]["label"] == "criterion=perplexity"
+    assert best["metrics"] == trial.metrics
+    assert best["select"]["value"] == trial.metrics["accuracy.mean"]
+    assert best["report"]["value"] == trial.metrics["accuracy_report.mean"]
+    assert best["report"]["low"] < best["report"]["value"] < best["report"]["high"]
+    assert best["teacher"]["report"]["value"] == RECORDS.trials[0].metrics["accuracy_report.mean"]
+    assert best["tied_trial_ids"] == ["block_influence-0", "block_influence-1"]
+
+
+def test_without_a_completed_trial_there_is_a_page_and_no_winner(tmp_path: Path) -> None:
+    write(tmp_path)
+    only_failed = replace(RECORDS, trials=RECORDS.trials[-1:], items=(), curves=(), scores=())
+    write(tmp_path, only_failed)
+    assert not (tmp_path / "best.json").exists()
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "so there is no winner" in text
+    assert "distill: the loss is not finite" in text
+
+
+def test_the_page_quotes_the_resolved_sweep_file(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("name: <depth>\n")
+    write(tmp_path, Records("s", "p"))
+    assert "name: <depth>" in Page((tmp_path / "report.html").read_text()).text
+
+
+# --- figures ---
+
+
+def test_the_figures_are_drawn_that_have_something_to_show(folder: Path) -> None:
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    assert names == {"loss_curves", "layer_importance_lm_loss", "layer_importance_accuracy"}
+    assert figures.all_figures(Records("s", "p")) == ()
+
+
+def test_figures_carry_no_date(folder: Path) -> None:
+    for path in (folder / "figures").glob("*.svg"):
+        assert not re.search(r"<dc:date>|20\d\d-\d\d-\d\d", path.read_text()), path
+
+
+def test_layers_count_from_one_and_the_intact_model_is_a_dashed_line() -> None:
+    drawing = figures.layer_importance(RECORDS, "lm_loss")
+    assert drawing is not None
+    lines = {str(line.get_label()): line for line in drawing.figure.axes[0].get_lines()}
+    assert set(lines) == {"1 layer", "2 layers", "4 layers", "intact model"}
+    assert list(lines["1 layer"].get_xdata()) == list(range(1, 9))
+    assert list(lines["4 layers"].get_xdata()) == [4, 5, 6, 7, 8]
+    assert set(lines["intact model"].get_ydata()) == {1.9}
+    assert lines["intact model"].get_linestyle() == "--"
+
+
+def test_a_line_is_the_mean_over_seeds_as_far_as_all_of_them_went() -> None:
+    points = [
+        CurvePoint(f"task-{seed}", step, 10 * step, 0, "loss", float(step + seed))
+        for seed, steps in ((0, 4), (1, 2))
+        for step in range(1, steps + 1)
+    ]
+    drawing = figures.loss_curves(replace(RECORDS, curves=tuple(points)))
+    assert drawing is not None
+    (line,) = drawing.figure.axes[0].get_lines()
+    assert line.get_label() == "criterion=task"
+    assert list(line.get_xdata()) == [10, 20]
+    assert list(line.get_ydata()) == [1.5, 2.5]
+
+
+def test_more_configurations_than_colours_stay_readable() -> None:
+    trials = [replace(RECORDS.trials[1], trial_id=str(i), axes={"x": i}, seed=0) for i in range(20)]
+    points = [
+        CurvePoint(str(i), step, step, 0, "loss", float(i)) for i in range(20) for step in (1, 2)
+    ]
+    records = replace(RECORDS, trials=tuple(trials), curves=tuple(points))
+    drawing = figures.loss_curves(records)
+    assert drawing is not None
+    lines = drawing.figure.axes[0].get_lines()
+    named = [str(line.get_label()) for line in lines if line.get_color() != figures.GREY]
+    assert named == [f"x={i}" for i in range(7)]
+    assert len(lines) == 20

@@ -1,0 +1,255 @@
+"""Who wins, who is tied, and who is not even considered, on made-up records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import made_up
+import numpy as np
+import pytest
+
+from orchestrator.records import TEACHER, ItemRecord, Records, TrialRecord
+from orchestrator.selection import (
+    Measure,
+    Ranking,
+    axis_names,
+    configuration_key,
+    labels,
+    over_seeds,
+    rank,
+    winner,
+)
+
+RECORDS = made_up.records()
+
+
+def ranking_of(records: Records, metric: str = "accuracy.mean", mode: str = "max") -> Ranking:
+    ranking = rank(records, metric, mode)  # type: ignore[arg-type]
+    assert ranking is not None
+    return ranking
+
+
+def with_values(values: Mapping[str, float], metric: str = "accuracy.mean") -> Records:
+    """Records whose trials (by id) have these values of one metric, and no questions."""
+    trials = tuple(
+        replace(trial, metrics={metric: values[trial.trial_id]} if trial.trial_id in values else {})
+        for trial in RECORDS.trials
+    )
+    return replace(RECORDS, trials=trials, items=())
+
+
+def answers(trial_id: str, right: int, questions: int = 200) -> list[ItemRecord]:
+    return [
+        ItemRecord(trial_id, "t", f"{i:04d}", split, float(i < right), None)
+        for i in range(questions)
+        for split in ("select", "report")
+    ]
+
+
+def two_configurations(first: int, second: int, **changes: int | None) -> Records:
+    """`perplexity` and `block_influence` with one seed, `first` and `second` of 200 right."""
+    trials, items = [], []
+    for criterion, right in (("perplexity", first), ("block_influence", second)):
+        metrics = {"accuracy.mean": right / 200, "accuracy_report.mean": right / 200}
+        trials.append(made_up.trial(criterion, 0, 0, metrics))
+        items += answers(f"{criterion}-0", right)
+    trials[1] = replace(trials[1], **changes)
+    return Records("s", "p", trials=tuple(trials), items=tuple(items))
+
+
+def test_configurations_are_trials_equal_in_all_but_the_seed() -> None:
+    ranking = ranking_of(RECORDS)
+    assert {c.label: [t.seed for t in c.trials] for c in ranking.configurations} == {
+        f"criterion={name}": [0, 1] for name in made_up.CRITERIA
+    } | {"random_layers": [0, 1]}
+    unfinished = {c.label: c.unfinished for c in ranking.configurations}
+    assert unfinished["criterion=task"] == 1
+    assert sum(unfinished.values()) == 1
+
+
+def test_the_best_mean_over_seeds_comes_first() -> None:
+    ranking = ranking_of(RECORDS)
+    assert ranking.configurations[0].label == "criterion=perplexity"
+    assert ranking.configurations[-1].label == "random_layers"
+    means = [c.estimate.value for c in ranking.configurations]
+    assert means == sorted(means, reverse=True)
+
+
+def test_close_configurations_are_tied_and_distant_ones_are_not() -> None:
+    tied = {c.label: c.tied for c in ranking_of(RECORDS).configurations}
+    assert tied == {
+        "criterion=perplexity": True,
+        "criterion=block_influence": True,
+        "criterion=task": False,
+        "random_layers": False,
+    }
+
+
+def test_every_interval_holds_its_value_and_has_a_width() -> None:
+    for configuration in ranking_of(RECORDS).configurations:
+        estimate = configuration.estimate
+        assert estimate.low is not None and estimate.high is not None
+        assert estimate.low < estimate.value < estimate.high
+        # 60 questions in each of three tasks: the binomial half width is near this.
+        share = estimate.value
+        expected = 1.96 * math.sqrt(share * (1 - share) / 180)
+        assert estimate.half_width == pytest.approx(expected, rel=0.35)
+
+
+def test_the_paired_interval_is_the_plain_bootstrap_of_the_differences() -> None:
+    records = two_configurations(150, 140)
+    measure = Measure(records, "accuracy.mean")
+    first, second = ([trial] for trial in records.trials)
+    behind = measure.difference(first, second, 1.0)
+    differences = np.array([1.0] * 10 + [0.0] * 190)
+    random = np.random.default_rng(7)
+    means = [random.choice(differences, 200).mean() for _ in range(4000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert behind.value == pytest.approx(0.05)
+    assert (behind.low, behind.high) == pytest.approx((low, high), abs=0.006)
+
+
+def test_the_same_records_give_the_same_intervals_to_the_last_bit() -> None:
+    assert ranking_of(RECORDS) == ranking_of(made_up.records())
+
+
+def test_a_clear_winner_wins_though_another_is_cheaper() -> None:
+    chosen = winner(rank(two_configurations(190, 120, parameters=1000)))
+    assert chosen is not None
+    assert chosen.configuration.label == "criterion=perplexity"
+    assert chosen.tied == ()
+
+
+@pytest.mark.parametrize("cheaper", [{"parameters": 500_000}, {"tokens_trained": 1000}])
+def test_among_tied_configurations_the_cheapest_wins(cheaper: dict[str, int]) -> None:
+    # 3 of 200 questions apart, each way: the interval of the difference contains 0.
+    records = two_configurations(151, 148, **cheaper)
+    flipped = [replace(item, correct=1.0 - item.correct) for item in records.items[:20]]
+    records = replace(records, items=(*flipped, *records.items[20:]))
+    chosen = winner(rank(records))
+    assert chosen is not None
+    assert chosen.configuration.label == "criterion=block_influence"
+    assert [each.label for each in chosen.tied] == ["criterion=perplexity"]
+
+
+def test_a_cost_that_is_not_known_is_never_the_cheapest() -> None:
+    chosen = winner(rank(two_configurations(150, 150, parameters=None)))
+    assert chosen is not None
+    assert chosen.configuration.label == "criterion=perplexity"
+
+
+def test_between_tied_equals_the_higher_mean_wins() -> None:
+    chosen = winner(rank(RECORDS))
+    assert chosen is not None
+    assert chosen.configuration.label == "criterion=perplexity"
+    assert [each.label for each in chosen.tied] == ["criterion=block_influence"]
+
+
+def test_the_winning_seed_is_the_best_on_the_select_half_and_reported_on_the_other() -> None:
+    chosen = winner(rank(RECORDS))
+    assert chosen is not None and chosen.reported is not None
+    seeds = {t.seed: t.metrics["accuracy.mean"] for t in chosen.configuration.trials}
+    assert seeds[chosen.trial.seed] == max(v for v in seeds.values() if v is not None)
+    assert chosen.selected.value == chosen.trial.metrics["accuracy.mean"]
+    assert chosen.reported.value == chosen.trial.metrics["accuracy_report.mean"]
+    assert chosen.reported.low is not None and chosen.reported.high is not None
+    assert chosen.reported.low < chosen.reported.value < chosen.reported.high
+
+
+def test_the_report_half_changes_nothing_in_the_choice() -> None:
+    def spoil(trial: TrialRecord) -> TrialRecord:
+        best = trial.trial_id == "random_layers-0"
+        hidden = {name: float(best) for name in trial.metrics if "report" in name}
+        return replace(trial, metrics={**trial.metrics, **hidden})
+
+    items = tuple(
+        replace(i, correct=1.0 - i.correct) if i.split == "report" else i for i in RECORDS.items
+    )
+    spoiled = replace(RECORDS, trials=tuple(map(spoil, RECORDS.trials)), items=items)
+    before, after = winner(rank(RECORDS)), winner(rank(spoiled))
+    assert before is not None and after is not None
+    assert before.trial.trial_id == after.trial.trial_id
+
+
+def test_the_teacher_is_never_a_candidate_and_stands_beside_the_winner() -> None:
+    ranking = ranking_of(RECORDS)
+    assert TEACHER not in {c.baseline for c in ranking.configurations}
+    chosen = winner(ranking)
+    assert chosen is not None and chosen.teacher_reported is not None
+    assert chosen.teacher_reported.value == RECORDS.trials[0].metrics["accuracy_report.mean"]
+    only_teacher = replace(RECORDS, trials=RECORDS.trials[:1])
+    assert rank(only_teacher) is None
+
+
+def test_without_a_teacher_or_a_report_half_those_are_unknown() -> None:
+    chosen = winner(rank(with_values({"perplexity-0": 0.5})))
+    assert chosen is not None
+    assert (chosen.reported, chosen.teacher_selected, chosen.teacher_reported) == (None,) * 3
+
+
+def test_a_value_that_is_no_number_never_wins() -> None:
+    values = {"perplexity-0": math.nan, "task-0": 0.4, "block_influence-0": math.inf}
+    ranking = ranking_of(with_values(values))
+    assert [c.label for c in ranking.configurations] == ["criterion=task"]
+
+
+def test_a_stopped_trial_is_not_ranked() -> None:
+    stopped = tuple(
+        replace(t, status="stopped") if "perplexity" in t.trial_id else t for t in RECORDS.trials
+    )
+    items = tuple(i for i in RECORDS.items if "perplexity" not in i.trial_id or i.item_id < "0010")
+    ranking = ranking_of(replace(RECORDS, trials=stopped, items=items))
+    assert "criterion=perplexity" not in {c.label for c in ranking.configurations}
+    # Nor do its few answers narrow the comparison of the others.
+    full = ranking_of(replace(RECORDS, trials=tuple(t for t in stopped if t.status != "stopped")))
+    assert [c.estimate for c in ranking.configurations] == [c.estimate for c in full.configurations]
+
+
+def test_nothing_completed_has_no_winner() -> None:
+    assert rank(with_values({})) is None
+    assert winner(rank(Records("s", "p"))) is None
+
+
+def test_a_loss_is_better_when_lower_and_compared_over_seeds() -> None:
+    ranking = ranking_of(RECORDS, "lm_loss.after", "min")
+    assert ranking.configurations[0].label == "criterion=perplexity"
+    chosen = winner(ranking)
+    assert chosen is not None
+    assert chosen.trial.trial_id == "perplexity-0"
+    # Seeds differ by the same amount in every configuration, so the pairs are exact.
+    assert [c.tied for c in ranking.configurations] == [True, False, False, False]
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    estimate = over_seeds([1.0, 2.0, 3.0])
+    assert (estimate.low, estimate.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert over_seeds([1.0]).low is None
+    assert over_seeds([1.0, 1.0]).half_width == 0.0
+
+
+def test_without_intervals_only_equals_are_tied() -> None:
+    values = {"perplexity-0": 0.5, "task-0": 0.5, "block_influence-0": 0.4999}
+    ranking = ranking_of(with_values(values, "throughput.a"), "throughput.a")
+    assert {c.label for c in ranking.tied} == {"criterion=perplexity", "criterion=task"}
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    axes = {"prune.depth.keep": 0.5, "prune.width.keep": 1, "distill.loss.logits": "mse"}
+    records = replace(RECORDS, trials=(replace(RECORDS.trials[1], axes=axes),))
+    assert axis_names(records) == {
+        "distill.loss.logits": "logits",
+        "prune.depth.keep": "depth.keep",
+        "prune.width.keep": "width.keep",
+    }
+
+
+def test_labels_name_only_what_varies() -> None:
+    assert labels(RECORDS)["task-1"] == "criterion=task"
+    assert labels(RECORDS)["random_layers-0"] == "random_layers"
+
+
+def test_one_and_one_point_zero_are_one_value_but_true_is_another() -> None:
+    whole, real, true = (replace(RECORDS.trials[1], axes={"x": x}) for x in (1, 1.0, True))
+    assert configuration_key(whole) == configuration_key(real) != configuration_key(true)

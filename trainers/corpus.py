@@ -1,0 +1,105 @@
+"""Text -> tokens -> packed blocks, in disjoint splits and a seeded order."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trainers import language
+from trainers.checkpoints import load_tokenizer
+from trainers.config import Corpus, GeneratedCorpus, HubCorpus, TextCorpus
+from trainers.contract import StageError
+
+Split = Literal["calibration", "training", "heldout"]
+
+
+def tokenizer_for(corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model pretrained from nothing on this corpus uses."""
+    if isinstance(corpus, GeneratedCorpus):
+        return language.tokenizer()
+    raise StageError(
+        f"a model from scratch needs a corpus with a vocabulary of its own (kind: generated); "
+        f"this one is {corpus.kind}"
+    )
+
+
+def blocks(corpus: Corpus, tokenizer_folder: Path, split: Split) -> Tensor:
+    """The split's token ids, packed without padding into (blocks, block_length).
+
+    The splits are disjoint: calibration blocks come before the training blocks of the same text,
+    held-out blocks from another text. Raises `StageError` where the text is too short.
+    """
+    found = _blocks(corpus, str(tokenizer_folder), split)
+    if len(found) == 0:
+        raise StageError(f"the corpus has no {split} block of {corpus.block_length} tokens")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _blocks(corpus: Corpus, tokenizer_folder: str, split: Split) -> Tensor:
+    if isinstance(corpus, GeneratedCorpus):
+        count = {
+            "calibration": corpus.calibration_blocks,
+            "training": corpus.training_blocks,
+            "heldout": corpus.heldout_blocks,
+        }[split]
+        tokens = language.tokens(corpus.language_seed, split, count * corpus.block_length)
+        return _pack(tokens, corpus.block_length)
+    packed = _pack(_tokenize(corpus, tokenizer_folder, split == "heldout"), corpus.block_length)
+    if split == "heldout":
+        return packed[: corpus.heldout_blocks]
+    if split == "calibration":
+        return packed[: corpus.calibration_blocks]
+    return packed[corpus.calibration_blocks :]
+
+
+def _pack(tokens: np.ndarray, block_length: int) -> Tensor:
+    count = len(tokens) // block_length
+    return torch.from_numpy(tokens[: count * block_length].reshape(count, block_length).copy())
+
+
+@lru_cache(maxsize=4)
+def _tokenize(corpus: TextCorpus | HubCorpus, tokenizer_folder: str, heldout: bool) -> np.ndarray:
+    tokenizer = load_tokenizer(Path(tokenizer_folder))
+    # One call on the whole text would warn of its length and hold it all; lines are independent
+    # enough, and joined with their newlines they give the text back.
+    lines = _lines(corpus, heldout)
+    ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    return np.fromiter((token for line in ids for token in line), dtype=np.int64)
+
+
+def _lines(corpus: TextCorpus | HubCorpus, heldout: bool) -> list[str]:
+    if isinstance(corpus, TextCorpus):
+        path = corpus.heldout if heldout else corpus.train
+        return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.strip()]
+    from datasets import load_dataset
+
+    split = corpus.heldout_split if heldout else corpus.train_split
+    data = load_dataset(corpus.dataset, corpus.name, split=split, revision=corpus.revision)
+    return [row[corpus.text_field] + "\n" for row in data if row[corpus.text_field].strip()]
+
+
+def batch(blocks_BL: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
+    """The `batch_size` blocks of training step `step` (from 0).
+
+    Each epoch is a permutation drawn from (seed, epoch), so the order depends on nothing but the
+    arguments and a resumed run reads what an undisturbed one would have read.
+    """
+    first = step * batch_size
+    places = [
+        int(_permutation(len(blocks_BL), seed, number // len(blocks_BL))[number % len(blocks_BL)])
+        for number in range(first, first + batch_size)
+    ]
+    return blocks_BL[places]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randperm(count, generator=generator)

@@ -1,0 +1,234 @@
+"""The one training loop, and the only import of DeepSpeed.
+
+Pretraining, conventional training and distillation differ in the objective that they hand in: a
+module that takes a batch of token ids and returns its mean loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from trainers import corpus
+from trainers.config import Training
+from trainers.contract import Interrupted, Reporter, Runtime, StageError
+
+# DeepSpeed compiles a small op with ninja, which pip puts beside the interpreter: on the PATH of
+# an activated environment, but not where the console script is called by its path.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+deepspeed_logger.setLevel(logging.ERROR)
+
+CURVE_POINTS = 100
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop did: all steps of the run, resumed ones included."""
+
+    steps: int
+    tokens: int
+    final_loss: float
+
+
+def learning_rate_factor(step: int, training: Training) -> float:
+    """The learning rate of optimizer step `step` (from 0), as a share of the peak.
+
+    Linear warm-up that reaches the peak at the end of `warmup_steps`, then a cosine down to the
+    minimum, reached at the last step.
+    """
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    last = max(1, training.steps - 1 - training.warmup_steps)
+    progress = min(1.0, (step - training.warmup_steps) / last)
+    floor = training.minimum_learning_rate / training.learning_rate
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    objective: nn.Module,
+    blocks_NL: Tensor,
+    training: Training,
+    seed: int,
+    out: Path,
+    reporter: Reporter,
+    runtime: Runtime,
+) -> Trained:
+    """Train the objective's parameters in place; goes on from `out/checkpoints` where there is one.
+
+    Writes `out/curve.jsonl` (loss in nats a token, learning rate). Raises `StageError` at the first
+    loss that is not finite, keeping the last good checkpoint.
+    """
+    run = _Run(objective, blocks_NL, training, seed, out)
+    saved_at = started_at = time.monotonic()
+    first = run.step
+    while run.step < training.steps:
+        loss = run.advance()
+        now = time.monotonic()
+        speed = (run.step - first) * run.tokens_per_step / max(now - started_at, 1e-9)
+        try:
+            reporter.report(run.step, training.steps, {"loss": loss, "tokens_per_s": speed})
+        except (Interrupted, KeyboardInterrupt, SystemExit):
+            run.save()
+            raise
+        if now - saved_at > runtime.checkpoint_every_s and run.step < training.steps:
+            run.save()
+            saved_at = time.monotonic()
+    return run.finish()
+
+
+class _Run:
+    """A DeepSpeed engine, the step it is at, and its curve on disk."""
+
+    def __init__(
+        self, objective: nn.Module, blocks_NL: Tensor, training: Training, seed: int, out: Path
+    ) -> None:
+        self._blocks, self._training, self._seed = blocks_NL, training, seed
+        self._micro = training.micro_batch_size or training.batch_size
+        self._checkpoints = out / "checkpoints"
+        self._engine = _start_engine(objective, training, self._micro)
+        self.step = 0
+        self.tokens_per_step = training.batch_size * blocks_NL.shape[1]
+        if (self._checkpoints / "latest").exists():
+            _, state = self._engine.load_checkpoint(str(self._checkpoints))
+            self.step = state["step"]
+        self._curve = _Curve(out / "curve.jsonl", self.step, training.steps)
+
+    def advance(self) -> float:
+        """One optimizer step; gives its mean loss."""
+        batch = corpus.batch(self._blocks, self.step, self._training.batch_size, self._seed)
+        micros = torch.split(batch, self._micro)
+        total = 0.0
+        for micro in micros:
+            loss = self._engine(micro)
+            total += loss.item() / len(micros)
+            if not math.isfinite(total):
+                raise StageError(f"the loss is {total} at step {self.step + 1}")
+            self._engine.backward(loss)
+            self._engine.step()
+        rate = self._training.learning_rate * learning_rate_factor(self.step, self._training)
+        self.step += 1
+        self._curve.add(self.step, self.step * self.tokens_per_step, total, rate)
+        return total
+
+    def save(self) -> None:
+        """A checkpoint of this step; the one before is removed only after this one is whole."""
+        self._curve.flush()
+        self._engine.save_checkpoint(
+            str(self._checkpoints), tag=f"step{self.step}", client_state={"step": self.step}
+        )
+        for old in self._checkpoints.glob("step*"):
+            if old.name != f"step{self.step}":
+                shutil.rmtree(old)
+
+    def finish(self) -> Trained:
+        """Close the curve, drop the checkpoints and free the engine."""
+        self._curve.flush()
+        self._engine.destroy()
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return Trained(self.step, self.step * self.tokens_per_step, self._curve.last_loss)
+
+
+def _start_engine(objective: nn.Module, training: Training, micro_batch_size: int) -> Any:
+    _join_process_group()
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in objective.parameters() if parameter.requires_grad],
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=optimizer,
+        lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(
+            inner, lambda step: learning_rate_factor(step, training)
+        ),
+        config=deepspeed_config(training, micro_batch_size),
+    )
+    return engine
+
+
+def deepspeed_config(training: Training, micro_batch_size: int) -> dict[str, Any]:
+    """The DeepSpeed settings that a run of one worker uses.
+
+    bf16 needs ZeRO stage 1 with fp32 gradient accumulation: that keeps fp32 master weights, while
+    stage 0 steps the bf16 weights themselves and rounds most of a small update away.
+    """
+    half = training.precision == "bf16"
+    return {
+        "train_batch_size": training.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_clipping": training.gradient_clip,
+        "zero_optimization": {"stage": 1 if half else 0},
+        "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def _join_process_group() -> None:
+    """A process group of one, which needs no port and no launcher, unless there is a group."""
+    if torch.distributed.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise StageError("a stage runs on one worker; it was launched on several")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+class _Curve:
+    """At most about a hundred points of loss and learning rate, each the mean since the last."""
+
+    def __init__(self, path: Path, step: int, steps: int) -> None:
+        self._path = path
+        self._every = max(1, steps // CURVE_POINTS)
+        self._steps = steps
+        self._since: list[float] = []
+        self._rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        self.last_loss = next(
+            (row["value"] for row in reversed(self._rows) if row["name"] == "loss"), math.nan
+        )
+
+    def add(self, step: int, tokens: int, loss: float, learning_rate: float) -> None:
+        self._since.append(loss)
+        if step % self._every and step != self._steps:
+            return
+        self.last_loss = sum(self._since) / len(self._since)
+        self._since.clear()
+        stamp = {"step": step, "tokens": tokens, "time_ms": time.time_ns() // 1_000_000}
+        self._rows.append({**stamp, "name": "loss", "value": self.last_loss})
+        self._rows.append({**stamp, "name": "learning_rate", "value": learning_rate})
+
+    def flush(self) -> None:
+        write_jsonl(self._path, self._rows)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows whole: beside, then moved into place."""
+    beside = path.with_suffix(".part")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside.replace(path)

@@ -1,0 +1,64 @@
+"""Stage `pretrain`: a random-weight Llama learns a corpus."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainers import corpus, engine, shell
+from trainers.checkpoints import DTYPES, final_hidden, new_model, output_head, save_model
+from trainers.config import PretrainConfig
+from trainers.contract import StageContext, StageResult
+from trainers.losses import chunked, cross_entropy
+from trainers.shapes import llama_config, shape_of
+
+
+class LanguageModelling(nn.Module):
+    """Mean next-token cross-entropy of a model on its own input: conventional training."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BL: Tensor) -> Tensor:
+        """Mean loss in nats a predicted token."""
+        hidden = final_hidden(self.model, input_ids_BL)[:, :-1].flatten(0, 1)
+        labels = input_ids_BL[:, 1:].flatten()
+        total = chunked(
+            hidden,
+            output_head(self.model),
+            lambda logits, place: cross_entropy(logits, labels[place]),
+        )
+        return total / labels.numel()
+
+
+def run(context: StageContext[PretrainConfig]) -> StageResult:
+    """Train from random weights and leave a plain checkpoint with its tokenizer."""
+    config = context.config
+    tokenizer = corpus.tokenizer_for(config.corpus)
+    settings = llama_config(config.shape, len(tokenizer)) | {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    folder = context.out / "model"
+    tokenizer.save_pretrained(folder)
+    blocks = corpus.blocks(config.corpus, folder, "training")
+    model = new_model(settings, context.seed).to(DTYPES[config.training.precision]).train()
+    trained = engine.train(
+        LanguageModelling(model),
+        blocks,
+        config.training,
+        context.seed,
+        context.out,
+        context.reporter,
+        context.runtime,
+    )
+    save_model(model.to(torch.float32), tokenizer, folder)
+    flops = shape_of(settings).training_flops(trained.tokens, config.corpus.block_length)
+    return StageResult({"loss": trained.final_loss}, trained.tokens, flops)
+
+
+if __name__ == "__main__":
+    shell.main(PretrainConfig, run)
