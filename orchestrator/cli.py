@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 INVALID, FAILED, INTERRUPTED = 2, 1, 130
 SMALL_FILES = ("*.parquet", "sweep.yaml", "best.json", "report.html", "tables/*", "figures/*")
 
-out = Console(soft_wrap=True)
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 class _SweepByDefault(click.Group):
@@ -338,26 +338,18 @@ def _close(
     sweep: Sweep,
 ) -> None:
     """The last lines: the table, the winner, failures, and where to look next."""
-    from rich.table import Table as Grid
-
     from orchestrator import report as reporting
-    from orchestrator import tables
+    from orchestrator.progress import outcome_table
     from orchestrator.selection import winner
 
-    table = tables.configurations(records, ranking)
-    columns, rows = table.for_readers()
-    grid = Grid(title=table.caption, title_justify="left")
-    for column in columns:
-        grid.add_column(escape(column.header))
-    for row in rows:
-        grid.add_row(*map(escape, row))
-    out.print(grid)
+    chosen = winner(ranking)
+    out.print(outcome_table(ranking, chosen))
     for trial in records.trials:
         if trial.status == "failed":
             out.print(f"[red]failed[/] {trial.trial_id}: {escape(str(trial.reason))}")
     for warning in warnings:
         out.print(f"[yellow]MLflow[/]: {escape(warning)}")
-    out.print(escape(reporting.summary(winner(ranking), sweep.select.metric)))
+    out.print(escape(reporting.summary(chosen, sweep.select.metric)))
     out.print(f"report: {place.folder}/report.html   winner: {place.folder}/best")
     out.print("compare runs: orchestrate ui")
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
+
+from orchestrator.selection import Estimate, Ranking, Winner
 
 MARKS = {
     "waiting": "[dim]waiting[/]",
@@ -190,3 +193,32 @@ def plan_table(described: Mapping[str, Any]) -> list[Table]:
         cells = [stage["stage_id"], asked, f"{stage['tokens']:,}", f"{stage['flops']:.2g}"]
         stages.add_row(*cells, "yes" if stage["stored"] else "")
     return [trials, stages]
+
+
+def outcome_table(ranking: Ranking | None, chosen: Winner | None) -> Table:
+    """How the configurations came out, best first; all columns are in tables/configurations."""
+    table = Table(title="configurations, best first", title_justify="left")
+    metric = ranking.metric if ranking else "metric"
+    for name in ("configuration", f"{metric} [95%]", "seeds", "lm_loss.after", "verdict"):
+        table.add_column(name, overflow="fold")
+    for each in ranking.configurations if ranking else ():
+        won = chosen is not None and each is chosen.configuration
+        table.add_row(
+            escape(each.label),
+            escape(_interval(each.estimate)),
+            f"{len(each.trials)}" + (f" (sd {each.spread:.3f})" if each.spread is not None else ""),
+            _mean([trial.metrics.get("lm_loss.after") for trial in each.trials]),
+            "winner" if won else "tied" if each.tied else "",
+        )
+    return table
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "-"

@@ -14,12 +14,12 @@ from pydantic import BaseModel
 
 from orchestrator.located import Node, Part, Scalar, undotted
 from orchestrator.wording import Problem, hint
-from trainers.config import FileTask, FolderModel, TextCorpus
+from trainers.config import ChoicesTask, FolderModel, PartialTask, TextCorpus
 
 DATA_FOLDER = "data_folder"
 """Key beside a trial's settings: where relative paths of text and questions start."""
 
-IN_DATA_FOLDER = (TextCorpus, FileTask)
+IN_DATA_FOLDER = (TextCorpus, ChoicesTask, PartialTask)
 """Variants whose relative paths start at the trial's `data_folder`, if it has one."""
 
 

@@ -350,7 +350,7 @@ def test_files_enter_an_id_by_what_they_hold_and_not_by_where_they_are(make, tmp
         (here / name).write_text(f"{name}\n")
     shutil.copytree(here, there)
     corpus = {"kind": "text", "train": "train.txt", "heldout": "heldout.txt"}
-    task = {"kind": "file", "name": "own", "path": "tasks.jsonl", "format": "choices"}
+    task = {"kind": "choices", "name": "own", "path": "tasks.jsonl"}
     trial = {**TRIAL, "corpus": corpus, "evaluate": {"tasks": [task]}}
 
     def id_at(folder: Path) -> str:

@@ -253,7 +253,7 @@ def texts(folder: Folder) -> Folder:
     folder.edit(
         "profiles/tiny.yaml",
         "      - {kind: generated, name: knowledge, limit: 100}",
-        "      - {kind: file, name: piqa, path: data/piqa.jsonl, format: choices}",
+        "      - {kind: choices, name: piqa, path: data/piqa.jsonl}",
     )
     return folder
 
@@ -565,7 +565,7 @@ def test_a_wrong_profile_argument_names_those_that_exist_nearest_first(folder):
         ("axes.prune.depth.criterion=[]", ["axes.prune.depth.criterion", "no value"]),
         ("importance.samples=100", ["importance.samples", "64 calibration_blocks"]),
         ("importance.tasks=[]", ["importance.tasks", "criterion task"]),
-        ("evaluate.tasks=[{kind: file}]", ["evaluate.tasks.0.name", "is required"]),
+        ("evaluate.tasks=[{kind: choices}]", ["evaluate.tasks.0.name", "is required"]),
     ],
 )  # fmt: skip
 def test_a_wrong_override_is_told_as_it_was_given(folder, override, words):

@@ -195,11 +195,16 @@ class FolderModel(Frozen):
 
 
 class GgufModel(Frozen):
-    """A GGUF file, either inside an installed Python package or at `file` on this machine."""
+    """A GGUF file, either inside an installed Python package or at `file` on this machine.
+
+    `shape` (what its config.json would say) spares `plan` the seconds that reading a GGUF header
+    takes; it is checked when the model is converted.
+    """
 
     kind: Literal["gguf"] = "gguf"
     file: LocalPath
     package: str | None = None
+    shape: dict[str, Any] | None = None
 
 
 ModelSource = Annotated[
@@ -261,18 +266,29 @@ class GeneratedTask(Frozen):
     limit: int = Field(default=400, gt=0)
 
 
-class FileTask(Frozen):
-    """Questions in a local JSON-lines file.
+class ChoicesTask(Frozen):
+    """Multiple-choice questions in a local JSON-lines file: fields query, choices, gold (index).
 
-    `choices`: fields query, choices, gold. `partial`: fields context_options, continuation, gold,
-    scored as WinoGrande is (Trinh and Le 2018): the same continuation after each context.
+    `prompt` is a Jinja template over the fields, as lm-evaluation-harness writes its prompts.
     """
 
-    kind: Literal["file"] = "file"
+    kind: Literal["choices"] = "choices"
     name: str
     path: LocalPath
-    format: Literal["choices", "partial"]
+    prompt: str = "{{query}}"
     metric: Literal["acc", "acc_norm"] = "acc"
+    shots: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+
+
+class PartialTask(Frozen):
+    """Questions in a local JSON-lines file that ask which of several contexts makes the same
+    continuation likeliest, as WinoGrande is scored (Trinh and Le 2018): fields context_options,
+    continuation, gold (index)."""
+
+    kind: Literal["partial"] = "partial"
+    name: str
+    path: LocalPath
     shots: int = Field(default=0, ge=0)
     limit: int | None = Field(default=None, gt=0)
 
@@ -287,7 +303,9 @@ class HarnessTask(Frozen):
     limit: int | None = Field(default=None, gt=0)
 
 
-Task = Annotated[GeneratedTask | FileTask | HarnessTask, Field(discriminator="kind")]
+Task = Annotated[
+    GeneratedTask | ChoicesTask | PartialTask | HarnessTask, Field(discriminator="kind")
+]
 
 
 # --- stages ----------------------------------------------------------------------------------

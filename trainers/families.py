@@ -44,7 +44,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The description for a Hugging Face config. Raises `UnknownFamilyError`, naming those there are."""
+    """The description for a Hugging Face config. Raises `UnknownFamilyError`."""
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UnknownFamilyError(

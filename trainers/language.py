@@ -122,7 +122,7 @@ _NOUN: Final = _ids(_forms(NOUNS, [noun + "s" for noun in NOUNS])).reshape(-1, 2
 _VERB: Final = _ids(_forms([verb + "s" for verb in VERBS], VERBS)).reshape(-1, 2)
 _NAME: Final = _ids(NAMES)
 _BLAMING_VERB: Final = _ids(BLAMING_VERBS)
-_REASON: Final = _ids(REASONS)
+_REASON: Final = _ids(REASONS).reshape(2, -1)
 _ENTITY: Final = _ids(ENTITIES)
 _RELATION: Final = _ids(RELATIONS)
 _VALUE: Final = np.stack([_ids(pool) for pool in VALUES])
@@ -270,7 +270,11 @@ def _agreement(world: World, rng: np.random.Generator, count: int, asked: bool) 
 
 
 def _reference(world: World, rng: np.random.Generator, count: int, asked: bool) -> Sentences:
-    """The verb says which of two people is to blame; `never` says that it is the other."""
+    """The verb says which of two people is to blame; `never` says that it is the other.
+
+    Reasons differ with the blame: a first, easy sign of what the verbs mean, without which some
+    random weights never get beyond naming either person within a short pretraining.
+    """
     people = _pick(rng, world.names, count, asked, each=4)
     subject, object_, *bystanders = people.T
     verb = _pick(rng, world.blaming_verbs, count, asked)[:, 0]
@@ -297,7 +301,7 @@ def _reference(world: World, rng: np.random.Generator, count: int, asked: bool) 
         ),
         answer=_NAME[np.where(to_object, object_, subject)],
         rivals=_NAME[np.where(to_object, subject, object_)][:, None],
-        after=_columns(count, rng.choice(_REASON, count), "."),
+        after=_columns(count, _REASON[to_object.astype(int), rng.integers(0, 4, count)], "."),
     )
 
 

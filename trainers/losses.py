@@ -28,7 +28,9 @@ def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
     """
     student = F.log_softmax(_cooled(student_NV, temperature), dim=-1)
     teacher = F.log_softmax(_cooled(teacher_NV, temperature), dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    # As a scalar product: `F.kl_div` makes several passes more over (tokens, vocabulary), which at
+    # 49k words is a fifth of a step.
+    return torch.dot(teacher.exp().flatten(), (teacher - student).flatten()) * temperature**2
 
 
 def _cooled(logits_NV: Tensor, temperature: float) -> Tensor:

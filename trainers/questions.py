@@ -29,7 +29,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers import language
 from trainers.checkpoints import final_hidden, output_head
-from trainers.config import FileTask, GeneratedTask, HarnessTask, Task, hash_of
+from trainers.config import (
+    ChoicesTask,
+    GeneratedTask,
+    HarnessTask,
+    PartialTask,
+    Task,
+    hash_of,
+)
 from trainers.contract import StageError
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -92,7 +99,7 @@ def _ask_one(scorer: Scorer, task: Task) -> list[Answer]:
 
 
 def _answer(task: Task, sample: dict[str, Any]) -> Answer:
-    metric = "acc" if isinstance(task, GeneratedTask) else task.metric
+    metric = "acc" if isinstance(task, GeneratedTask | PartialTask) else task.metric
     if metric not in sample:
         raise StageError(
             f"task {task.name} has no metric {metric}; it has {', '.join(sample['metrics'])}"
@@ -137,13 +144,15 @@ def _prepared(task: Task) -> str | dict[str, Any]:
     match task:
         case HarnessTask():
             return task.name
-        case FileTask():
-            return _description(task.name, task.path, task.format)
+        case PartialTask():
+            return _partial(task.name, task.path)
+        case ChoicesTask():
+            return _choices(task.name, task.path, task.prompt)
         case GeneratedTask():
             path = Path(tempfile.mkdtemp(prefix="questions-")) / f"{task.name}.jsonl"
             rows = language.questions(task.language_seed, task.name, task.limit)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return _description(task.name, path, "choices")
+            return _choices(task.name, path, "{{query}}")
 
 
 def _index(task: Task) -> TaskManager:
@@ -156,9 +165,25 @@ def _task_manager(include_defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _description(name: str, path: Path, form: str) -> dict[str, Any]:
-    """A harness task over a local JSON-lines file. It loads with no network."""
-    common = {
+def _choices(name: str, path: Path, prompt: str) -> dict[str, Any]:
+    """A harness task over a local file of multiple-choice questions."""
+    fields = {"doc_to_text": prompt, "doc_to_choice": "choices", "doc_to_target": "gold"}
+    return _local(name, path, ("acc", "acc_norm")) | fields
+
+
+def _partial(name: str, path: Path) -> dict[str, Any]:
+    """A harness task over a local file of contexts to choose from."""
+    fields = {
+        "doc_to_text": "gold",
+        "doc_to_choice": "context_options",
+        "doc_to_target": "continuation",
+    }
+    return _local(name, path, ("acc",)) | fields
+
+
+def _local(name: str, path: Path, metrics: Sequence[str]) -> dict[str, Any]:
+    """What harness tasks over local JSON-lines files have in common; they need no network."""
+    return {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(path)}},
@@ -166,17 +191,10 @@ def _description(name: str, path: Path, form: str) -> dict[str, Any]:
         "output_type": "multiple_choice",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in ("acc", "acc_norm")
+            for metric in metrics
         ],
         "metadata": {"version": 1},
     }
-    if form == "partial":
-        return common | {
-            "doc_to_text": "gold",
-            "doc_to_choice": "context_options",
-            "doc_to_target": "continuation",
-        }
-    return common | {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold"}
 
 
 # --- scoring ---------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Shape:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The shape that a Hugging Face config describes. Raises `UnknownFamilyError` or `ValueError`."""
+    """The shape that a Hugging Face config describes. Raises `ValueError` where it cannot."""
     family = family_of(config)
     heads = _size(config, "num_attention_heads")
     hidden = _size(config, "hidden_size")
@@ -138,8 +138,8 @@ def source_config(source: ModelSource, corpus: Corpus) -> dict[str, Any]:
         case FolderModel(path=path):
             config: dict[str, Any] = json.loads((path / "config.json").read_text())
             return config
-        case GgufModel(file=file):
-            return gguf_config(file)
+        case GgufModel():
+            return source.shape or gguf_config(source.file)
         case HubModel():
             return source.shape or _hub_config(source)
 
