@@ -1,0 +1,114 @@
+"""The command line: exit statuses, messages, the plan as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_sweep
+from click.testing import CliRunner, Result
+
+from orchestrator.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_shows_examples() -> None:
+    for arguments in (["--help"], ["plan", "--help"]):
+        result = call(*arguments)
+        assert result.exit_code == 0
+        assert "orchestrate plan sweeps/depth_ablation.yaml" in result.output
+
+
+def test_the_plan_as_json_says_what_would_run(tmp_path: Path) -> None:
+    sweep = small_sweep.write(tmp_path)
+    result = call("plan", sweep, "--json", "--results", tmp_path / "results")
+    assert result.exit_code == 0
+    plan = json.loads(result.output)
+    assert plan["total"]["trials"] == 6
+    assert plan["total"]["trials_done"] == 0
+    student = plan["trials"][1]
+    assert student["parameters"] < plan["trials"][0]["parameters"]
+    assert student["stages"][0]["step"] == "source"
+    assert student["stages"][0]["trials"] == 6
+    assert student["tokens"] > 0 and student["flops"] > 0
+    assert not (tmp_path / "results").exists(), "a plan writes nothing"
+
+
+def test_the_plan_of_a_shipped_sweep_takes_less_than_two_seconds() -> None:
+    began = time.monotonic()
+    code = [sys.executable, "-m", "orchestrator.cli", "plan", "sweeps/depth_ablation.yaml"]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    # Twice the promise, so that a busy machine does not fail the test.
+    assert time.monotonic() - began < 4
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
+    sweep = small_sweep.write(tmp_path)
+    result = call("run", sweep, "--dry-run", "--results", tmp_path / "results")
+    assert result.exit_code == 0
+    assert "6 trials" in result.output
+    assert not (tmp_path / "results" / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sweeps/no_such.yaml"], "no_such.yaml"),
+        (["plann", "x.yaml"], "neither a sweep file"),
+        (["plan", "sweeps/depth_ablation.yaml", "--profile", "tyni"], "tiny"),
+        (["validate", "sweeps/depth_ablation.yaml", "--set", "distil.training.steps=3"], "distill"),
+        (["sweeps/depth_ablation.yaml", "--no-such-option"], "no-such-option"),
+        (["sweeps/depth_ablation.yaml", "--max-concurrent", "0"], "max-concurrent"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(arguments: list[str], expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    sweep = small_sweep.write(tmp_path)
+    taken = tmp_path / "results"
+    taken.write_text("a file stands here")
+    result = call("run", sweep, "--results", taken)
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
+    if os.geteuid():  # root writes everywhere
+        locked = tmp_path / "locked"
+        locked.mkdir()
+        locked.chmod(stat.S_IREAD | stat.S_IEXEC)
+        assert call("run", sweep, "--results", locked / "results").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["report", "best", "publish"])
+def test_what_needs_results_says_so_where_there_are_none(tmp_path: Path, command: str) -> None:
+    sweep = small_sweep.write(tmp_path)
+    result = call(command, sweep, "--results", tmp_path / "results")
+    assert result.exit_code == 2
+    assert "run" in result.output
+
+
+def test_every_shipped_sweep_and_profile_is_valid() -> None:
+    for sweep in sorted((ROOT / "sweeps").glob("*.yaml")):
+        for profile in ("tiny", "smollm2"):
+            result = call("validate", sweep, "--profile", profile)
+            assert result.exit_code == 0, result.output

@@ -1,0 +1,129 @@
+"""Who may import whom, and what must answer without torch or ray."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+EVERYTHING = "everything in orchestrator"
+SPEC = {"located", "schema", "settings", "spec", "wording"}
+
+# Module of orchestrator -> modules of orchestrator it may import.
+ORCHESTRATOR: dict[str, set[str] | str] = {
+    "cli": EVERYTHING,
+    "tuning": {"execute", "plan", "space", "spec", "records", "stages", "store", "tracking"},
+    "execute": {"plan", "stages", "store", "records"},
+    "plan": {"stages", "space", "axes", *SPEC},
+    "space": {"axes", *SPEC},
+    "axes": {*SPEC},
+    "spec": {"located", "schema", "settings", "wording"},
+    "settings": {"located", "schema", "wording"},
+    "schema": {"located", "wording"},
+    "wording": {"located"},
+    "located": set(),
+    "stages": set(),
+    "store": set(),
+    "records": set(),
+    "tracking": {"records"},
+    "selection": {"records"},
+    "tables": {"selection", "records"},
+    "figures": {"selection", "records"},
+    "report": {"selection", "records", "tables", "figures"},
+    "progress": {"selection"},
+}
+
+# Module of orchestrator -> modules of trainers it may import.
+TRAINERS = {
+    "stages": {"config"},
+    "spec": {"config"},
+    "settings": {"config"},
+    "schema": {"config"},
+    "space": {"config", "shapes"},
+    "plan": {"config", "shapes", "families"},
+    "execute": {"contract"},
+    "tuning": {"contract"},
+}
+
+# Package -> the only modules that may import it.
+ONLY_HERE = {
+    "ray": {"orchestrator.tuning"},
+    "optuna": {"orchestrator.tuning"},
+    "mlflow": {"orchestrator.tracking"},
+    "pyarrow": {"orchestrator.records"},
+    "deepspeed": {"trainers.engine"},
+    "lm_eval": {"trainers.questions"},
+}
+
+NO_TORCH = {"config", "contract", "shapes", "families", "language"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports anywhere, functions included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(package: str) -> list[Path]:
+    return [p for p in sorted((ROOT / package).glob("*.py")) if p.stem != "__init__"]
+
+
+def ours(path: Path, package: str) -> set[str]:
+    """Modules of `package` that a file imports."""
+    known = {p.stem for p in modules(package)}
+    return {n.split(".")[1] for n in imports_of(path) if n.startswith(f"{package}.")} & known
+
+
+@pytest.mark.parametrize("path", modules("orchestrator"), ids=lambda p: p.stem)
+def test_an_orchestrator_module_imports_only_what_the_design_allows(path: Path) -> None:
+    allowed = ORCHESTRATOR[path.stem]
+    if allowed != EVERYTHING:
+        assert ours(path, "orchestrator") <= set(allowed)
+    assert ours(path, "trainers") <= TRAINERS.get(path.stem, set())
+
+
+@pytest.mark.parametrize("path", modules("trainers"), ids=lambda p: p.stem)
+def test_a_trainer_knows_nothing_of_the_orchestrator(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports_of(path)}
+    assert not roots & {"orchestrator", "ray", "mlflow", "optuna", "pyarrow"}
+
+
+@pytest.mark.parametrize("package", ONLY_HERE)
+def test_a_heavy_library_has_one_door(package: str) -> None:
+    users = {
+        f"{path.parent.name}.{path.stem}"
+        for folder in ("orchestrator", "trainers")
+        for path in modules(folder)
+        if package in {name.split(".")[0] for name in imports_of(path)}
+    }
+    assert users <= ONLY_HERE[package]
+
+
+@pytest.mark.parametrize("name", sorted(NO_TORCH))
+def test_what_the_planner_reads_of_the_trainers_needs_no_torch(name: str) -> None:
+    code = f"import sys, trainers.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "validate"])
+def test_planning_imports_neither_torch_nor_ray(command: str) -> None:
+    code = (
+        "import sys\n"
+        "from orchestrator.cli import app\n"
+        f"app(['{command}', 'sweeps/depth_ablation.yaml'], standalone_mode=False)\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'deepspeed'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,138 @@
+"""The plan: which stages a trial has, which are shared, and what changes their identity."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_sweep
+
+from orchestrator.plan import SweepPlan, plan_sweep
+from orchestrator.space import enumerate_trials
+from orchestrator.spec import SpecError, load
+
+
+def plan(folder: Path, sweep: dict[str, Any] | None = None, *overrides: str) -> SweepPlan:
+    loaded = load(small_sweep.write(folder, sweep), overrides=overrides)
+    return plan_sweep(loaded, enumerate_trials(loaded))
+
+
+def single(folder: Path, *overrides: str) -> dict[str, str]:
+    """Stage ids by step of the one trial besides the teacher."""
+    sweep = {**small_sweep.SWEEP, "axes": {}, "baselines": {}}
+    student = plan(folder, sweep, *overrides).trials[1]
+    return {step: node.stage_id for step, node in student.steps.items()}
+
+
+def test_a_student_is_pruned_measured_distilled_and_measured_again(tmp_path: Path) -> None:
+    assert list(single(tmp_path)) == ["source", "importance", "prune", "before", "distill", "after"]
+
+
+def test_the_teacher_is_only_measured(tmp_path: Path) -> None:
+    assert list(plan(tmp_path).trials[0].steps) == ["source", "after"]
+
+
+def test_roles_are_filled_by_the_right_stages(tmp_path: Path) -> None:
+    steps = plan(tmp_path).trials[1].steps
+    ids = {step: node.stage_id for step, node in steps.items()}
+    assert steps["prune"].inputs == {"model": ids["source"], "importance": ids["importance"]}
+    assert steps["distill"].inputs == {"model": ids["prune"], "teacher": ids["source"]}
+    assert steps["after"].inputs == {"model": ids["distill"], "teacher": ids["source"]}
+
+
+# Setting -> the steps whose identity it changes.
+CHANGES = {
+    "source.seed=7": {"source", "importance", "prune", "before", "distill", "after"},
+    "source.shape.hidden_size=64": {
+        "source", "importance", "prune", "before", "distill", "after",
+    },
+    "corpus.language_seed=3": {"source", "importance", "prune", "before", "distill", "after"},
+    "importance.samples=4": {"importance", "prune", "before", "distill", "after"},
+    "prune.depth.keep=1": {"importance", "prune", "before", "distill", "after"},
+    "prune.depth.contiguous=true": {"prune", "before", "distill", "after"},
+    "prune.initialise=random": {"prune", "before", "distill", "after"},
+    "distill.training.steps=31": {"distill", "after"},
+    "distill.training.learning_rate=0.001": {"distill", "after"},
+    "distill.training.micro_batch_size=2": {"distill", "after"},
+    "distill.loss.temperature=2.0": {"distill", "after"},
+    "seeds=[1]": {"distill", "after"},
+    "evaluate.tasks=[{kind: generated, name: agreement, limit: 9}]": {"after"},
+    "evaluate.tasks_before=true": {"before"},
+    "resources.cpus_per_trial=2": set(),
+    "resources.checkpoint_every_s=9": set(),
+    "select.metric=lm_loss.after": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_a_setting_changes_the_identity_of_what_it_determines_and_of_nothing_else(
+    tmp_path: Path, override: str
+) -> None:
+    before, after = single(tmp_path), single(tmp_path, override)
+    assert {step for step in before if before[step] != after[step]} == CHANGES[override]
+
+
+def test_a_random_choice_of_layers_takes_its_identity_from_the_seed(tmp_path: Path) -> None:
+    random = "prune.depth.criterion=random"
+    assert single(tmp_path, random)["prune"] != single(tmp_path, random, "seeds=[1]")["prune"]
+
+
+def test_trials_that_differ_downstream_share_all_upstream_stages(tmp_path: Path) -> None:
+    sweep = {**small_sweep.SWEEP, "axes": {"distill.loss.temperature": [1.0, 2.0]}, "baselines": {}}
+    planned = plan(tmp_path, sweep)
+    one, other = (trial.steps for trial in planned.trials[1:])
+    for step in ("source", "importance", "prune", "before"):
+        assert one[step].stage_id == other[step].stage_id
+    assert planned.asked_by[one["source"].stage_id] == 3  # the teacher trial asks too
+    assert one["distill"].stage_id != other["distill"].stage_id
+
+
+def test_parameters_come_from_the_config_alone(tmp_path: Path) -> None:
+    from trainers.config import LlamaShape
+    from trainers.shapes import llama_config, shape_of
+
+    planned = plan(tmp_path)
+    shape = LlamaShape(**small_sweep.PROFILE["trial"]["source"]["shape"])
+    from trainers import language
+
+    teacher = shape_of(llama_config(shape, len(language.WORDS)))
+    assert planned.trials[0].shape.parameters == teacher.parameters
+    assert planned.trials[1].shape.parameters == teacher.parameters - 2 * teacher.layer_parameters
+
+
+IMPOSSIBLE = {
+    "more layers kept than there are": ("keep: 9", "cannot keep 9 layers, the source has 4"),
+    "a layer outside the model": (
+        "criterion: {kind: layers, drop: [1, 4]}",
+        "the source has no layer 4; allowed: 0 to 3",
+    ),
+    "all layers dropped": (
+        "criterion: {kind: layers, drop: [0, 1, 2, 3]}",
+        "drops all 4 layers; keep at least one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_shape_is_refused_with_file_and_line(tmp_path: Path, case: str) -> None:
+    setting, message = IMPOSSIBLE[case]
+    path = small_sweep.write(tmp_path)
+    criterion = "" if "criterion" in setting else "\n      criterion: perplexity"
+    path.write_text(
+        "name: small\nquestion: q\nprofile: micro\ntrial:\n  prune:\n    depth:\n"
+        f"      {setting}{criterion}\n"
+    )
+    loaded = load(path)
+    with pytest.raises(SpecError) as raised:
+        plan_sweep(loaded, enumerate_trials(loaded))
+    assert len(raised.value.messages) == 1
+    assert message in raised.value.messages[0]
+    assert "small.yaml:7" in raised.value.messages[0]
+
+
+def test_a_plan_does_not_change_what_it_is_made_from(tmp_path: Path) -> None:
+    before = copy.deepcopy(small_sweep.SWEEP)
+    plan(tmp_path)
+    assert before == small_sweep.SWEEP
