@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.tuning import Place
 
 INVALID, FAILED, INTERRUPTED = 2, 1, 130
-SMALL_FILES = ("*.parquet", "sweep.yaml", "best.json", "report.html", "tables/*", "figures/*")
+SMALL_FILES = ("*.parquet", "best.json", "report.html", "tables/*", "figures/*")
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -185,8 +185,10 @@ def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], result
         copy = target / file.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-    size = sum(file.stat().st_size for file in files) / 1e6
-    out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
+    ran = load(folder / "sweep.yaml")
+    (target / "sweep.yaml").write_text(ran.dump_yaml(relative_to=target.resolve()))
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
+    out.print(f"published {len(files) + 1} files, {size:.1f} MB, to {target}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from orchestrator.records import (
 )
 from orchestrator.stages import STAGES
 from orchestrator.store import Manifest, Store
+from trainers.config import for_record
 from trainers.contract import Interrupted, Runtime, StageContext, StageResult
 
 Sink = Callable[[str, int, int, Mapping[str, float]], None]
@@ -231,7 +232,7 @@ def _trial_record(
         status=status,
         reason=reason,
         baseline=plan.trial.baseline,
-        config=plan.trial.config.model_dump(mode="json"),
+        config=for_record(plan.trial.config),
         axes=dict(plan.trial.axes),
         parameters=plan.shape.parameters,
         parameters_non_embedding=plan.shape.parameters_non_embedding,

@@ -46,7 +46,7 @@ TRAINERS = {
     "schema": {"config"},
     "space": {"config", "shapes"},
     "plan": {"config", "shapes", "families"},
-    "execute": {"contract"},
+    "execute": {"config", "contract"},
     "tuning": {"contract"},
 }
 

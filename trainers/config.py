@@ -77,8 +77,11 @@ def content_digest(path: Path) -> str:
 
 
 def _dump_local(path: Path, info: SerializationInfo) -> str:
-    if info.context and info.context.get("identity"):
+    purpose = (info.context or {}).get("purpose")
+    if purpose == "identity":
         return f"sha256:{content_digest(path)}"
+    if purpose == "record":
+        return f"{path.name}@sha256:{content_digest(path)[:12]}"
     return str(path)
 
 
@@ -88,7 +91,13 @@ LocalPath = Annotated[Path, PlainSerializer(_dump_local, return_type=str)]
 
 def identity(config: BaseModel) -> dict[str, Any]:
     """The complete settings as JSON values, with local files replaced by content hashes."""
-    return config.model_dump(mode="json", context={"identity": True})
+    return config.model_dump(mode="json", context={"purpose": "identity"})
+
+
+def for_record(config: BaseModel) -> dict[str, Any]:
+    """The complete settings as JSON values, with local files as name and content hash: the same
+    on every machine, and free of its paths."""
+    return config.model_dump(mode="json", context={"purpose": "record"})
 
 
 def hash_of(value: Any) -> str:

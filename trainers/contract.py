@@ -68,7 +68,9 @@ class StageContext(Generic[ConfigT]):
     runtime: Runtime = field(default_factory=Runtime)
 
     def model(self, role: str) -> Path:
-        """The checkpoint folder of the artifact in `role`."""
+        """The checkpoint folder of the artifact in `role`. Raises `StageError` without one."""
+        if role not in self.inputs:
+            raise StageError(f"the stage needs an input in the role {role}")
         return self.inputs[role] / "model"
 
 

@@ -70,7 +70,7 @@ def _tokenize(corpus: TextCorpus | HubCorpus, tokenizer_folder: str, heldout: bo
     # One call on the whole text would warn of its length and hold it all; lines are independent
     # enough, and joined with their newlines they give the text back.
     lines = _lines(corpus, heldout)
-    ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
     return np.fromiter((token for line in ids for token in line), dtype=np.int64)
 
 

@@ -104,11 +104,12 @@ class _Run:
         self._checkpoints = out / "checkpoints"
         self._engine = _start_engine(objective, training, self._micro)
         self.step = 0
+        since: list[float] = []
         self.tokens_per_step = training.batch_size * blocks_NL.shape[1]
         if (self._checkpoints / "latest").exists():
             _, state = self._engine.load_checkpoint(str(self._checkpoints))
-            self.step = state["step"]
-        self._curve = _Curve(out / "curve.jsonl", self.step, training.steps)
+            self.step, since = state["step"], state.get("since", [])
+        self._curve = _Curve(out / "curve.jsonl", self.step, training.steps, since)
 
     def advance(self) -> float:
         """One optimizer step; gives its mean loss."""
@@ -130,8 +131,9 @@ class _Run:
     def save(self) -> None:
         """A checkpoint of this step; the one before is removed only after this one is whole."""
         self._curve.flush()
+        state = {"step": self.step, "since": list(self._curve.since)}
         self._engine.save_checkpoint(
-            str(self._checkpoints), tag=f"step{self.step}", client_state={"step": self.step}
+            str(self._checkpoints), tag=f"step{self.step}", client_state=state
         )
         for old in self._checkpoints.glob("step*"):
             if old.name != f"step{self.step}":
@@ -196,24 +198,27 @@ def _join_process_group() -> None:
 
 
 class _Curve:
-    """At most about a hundred points of loss and learning rate, each the mean since the last."""
+    """At most about two hundred points of loss and learning rate, each the mean since the last.
 
-    def __init__(self, path: Path, step: int, steps: int) -> None:
+    `since` holds the losses after the last point: a checkpoint between two points keeps them.
+    """
+
+    def __init__(self, path: Path, step: int, steps: int, since: list[float]) -> None:
         self._path = path
         self._every = max(1, steps // CURVE_POINTS)
         self._steps = steps
-        self._since: list[float] = []
+        self.since = since
         self._rows = [row for row in read_jsonl(path) if row["step"] <= step]
         self.last_loss = next(
             (row["value"] for row in reversed(self._rows) if row["name"] == "loss"), math.nan
         )
 
     def add(self, step: int, tokens: int, loss: float, learning_rate: float) -> None:
-        self._since.append(loss)
+        self.since.append(loss)
         if step % self._every and step != self._steps:
             return
-        self.last_loss = sum(self._since) / len(self._since)
-        self._since.clear()
+        self.last_loss = sum(self.since) / len(self.since)
+        self.since.clear()
         stamp = {"step": step, "tokens": tokens, "time_ms": time.time_ns() // 1_000_000}
         self._rows.append({**stamp, "name": "loss", "value": self.last_loss})
         self._rows.append({**stamp, "name": "learning_rate", "value": learning_rate})

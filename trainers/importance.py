@@ -44,18 +44,35 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 @contextmanager
 def left_out(model: PreTrainedModel, first: int, length: int) -> Iterator[PreTrainedModel]:
     """The model without `length` layers from `first` on; restored on leaving."""
-    path = family_of(model.config.to_dict()).layers
-    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-    layers = layers_of(model)
-    kept = [layer for place, layer in enumerate(layers) if not first <= place < first + length]
-    count = model.config.num_hidden_layers
+    family = family_of(model.config.to_dict())
+    parent_path, _, name = family.layers.rpartition(".")
+    parent, layers = model.get_submodule(parent_path), layers_of(model)
+    kept = [place for place in range(len(layers)) if not first <= place < first + length]
+    whole = {
+        key: value
+        for key in family.per_layer_settings
+        if isinstance(value := getattr(model.config, key, None), list)
+    }
     try:
-        setattr(parent, name, nn.ModuleList(kept))
+        setattr(parent, name, _numbered(nn.ModuleList(layers[place] for place in kept)))
         model.config.num_hidden_layers = len(kept)
+        for key, values in whole.items():
+            setattr(model.config, key, [values[place] for place in kept])
         yield model
     finally:
-        setattr(parent, name, layers)
-        model.config.num_hidden_layers = count
+        setattr(parent, name, _numbered(layers))
+        model.config.num_hidden_layers = len(layers)
+        for key, values in whole.items():
+            setattr(model.config, key, values)
+
+
+def _numbered(layers: nn.ModuleList) -> nn.ModuleList:
+    """The layers, told their places: attention finds its part of the key-value cache by it."""
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    return layers
 
 
 def blocks_of_layers(count: int, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -201,10 +218,17 @@ def _row(criterion: str, first: int, length: int, name: str, value: float) -> di
 def _check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if not math.isfinite(row["value"]):
-            raise StageError(
-                f"the score {row['name']} is {row['value']} without the "
-                f"{row['block_length']} layers that end at layer {row['last']}"
-            )
+            raise StageError(f"the score {row['name']} is {row['value']} {_place(row)}")
+
+
+def _place(row: dict[str, Any]) -> str:
+    match row["block_length"]:
+        case 0:
+            return "for the intact model"
+        case 1:
+            return f"without layer {row['last']}"
+        case length:
+            return f"without the {length} layers that end at layer {row['last']}"
 
 
 if __name__ == "__main__":

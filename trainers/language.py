@@ -55,7 +55,8 @@ def _split(words: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
-FUNCTION_WORDS: Final = _split(". the of is has unlike because never")
+FUNCTION_WORDS: Final = _split(". the of is has unlike never")
+CONNECTIVES: Final = _split("because so though")
 PREPOSITIONS: Final = _split("near behind beside above")
 ADVERBS: Final = _split("today often quietly again")
 NOUNS: Final = _split(
@@ -95,6 +96,7 @@ WORDS: Final[tuple[str, ...]] = (
     END,
     UNKNOWN,
     *FUNCTION_WORDS,
+    *CONNECTIVES,
     *PREPOSITIONS,
     *ADVERBS,
     *_forms(NOUNS, [noun + "s" for noun in NOUNS]),
@@ -116,6 +118,7 @@ def _ids(words: Sequence[str]) -> Ids:
     return np.array([_ID[word] for word in words], dtype=np.int64)
 
 
+_CONNECTIVE: Final = _ids(CONNECTIVES)
 _PREPOSITION: Final = _ids(PREPOSITIONS)
 _ADVERB: Final = _ids(ADVERBS)
 _NOUN: Final = _ids(_forms(NOUNS, [noun + "s" for noun in NOUNS])).reshape(-1, 2)
@@ -270,10 +273,11 @@ def _agreement(world: World, rng: np.random.Generator, count: int, asked: bool) 
 
 
 def _reference(world: World, rng: np.random.Generator, count: int, asked: bool) -> Sentences:
-    """The verb says which of two people is to blame; `never` says that it is the other.
+    """After `because` the verb says which of two people is meant, and `never` that it is the other.
 
-    Reasons differ with the blame: a first, easy sign of what the verbs mean, without which some
-    random weights never get beyond naming either person within a short pretraining.
+    Two things make this easier to find, without which some random weights never get beyond
+    naming either person within a short pretraining: after `so` it is always the subject and after
+    `though` the object, and reasons differ with the verb. Only `because` is asked for.
     """
     people = _pick(rng, world.names, count, asked, each=4)
     subject, object_, *bystanders = people.T
@@ -287,7 +291,9 @@ def _reference(world: World, rng: np.random.Generator, count: int, asked: bool) 
         )
         for bystander in bystanders
     ]
-    to_object = world.blames_object[verb] ^ negated
+    blames_object = world.blames_object[verb] ^ negated
+    connective = rng.choice(3, count, p=[1, 0, 0] if asked else [0.6, 0.2, 0.2])
+    is_object = np.choose(connective, [blames_object, False, True])
     return Sentences(
         before=_columns(
             count,
@@ -297,11 +303,11 @@ def _reference(world: World, rng: np.random.Generator, count: int, asked: bool) 
             _BLAMING_VERB[verb],
             _NAME[object_],
             beside[1],
-            "because",
+            _CONNECTIVE[connective],
         ),
-        answer=_NAME[np.where(to_object, object_, subject)],
-        rivals=_NAME[np.where(to_object, subject, object_)][:, None],
-        after=_columns(count, _REASON[to_object.astype(int), rng.integers(0, 4, count)], "."),
+        answer=_NAME[np.where(is_object, object_, subject)],
+        rivals=_NAME[np.where(is_object, subject, object_)][:, None],
+        after=_columns(count, _REASON[blames_object.astype(int), rng.integers(0, 4, count)], "."),
     )
 
 
@@ -348,7 +354,7 @@ _END_OF_DOCUMENT_RATE: Final = 0.3
 
 
 def _chunk(language_seed: int, split: Split, number: int) -> Ids:
-    """A piece of a split's stream, drawn by itself so that a longer stream begins like a shorter."""
+    """A piece of a split's stream, drawn by itself: a longer stream begins like a shorter one."""
     rng = _generator("text", language_seed, split, number)
     drawn = [
         _DRAW[ability](world(language_seed), rng, count, False).rows()

@@ -20,6 +20,8 @@ from trainers.contract import StageContext, StageError, StageResult
 from trainers.engine import read_jsonl
 from trainers.families import family_of
 
+WEIGHTS = "model.safetensors"
+
 
 def contiguous_block(scores: Mapping[tuple[int, int], float], length: int) -> tuple[int, ...]:
     """The block of `length` layers that matters least; the earliest of equals."""
@@ -47,6 +49,16 @@ def random_layers(count: int, number: int, contiguous: bool, seed: int) -> tuple
     return tuple(sorted(draw.sample(range(count), number)))
 
 
+def listed_layers(drop: Sequence[int], count: int, number: int) -> tuple[int, ...]:
+    """Exactly these `number` of `count` layers."""
+    layers = tuple(sorted(set(drop)))
+    if len(layers) != len(drop) or not set(layers) <= set(range(count)):
+        raise StageError(f"cannot drop layers {list(drop)} of layers 0 to {count - 1}")
+    if len(layers) != number:
+        raise StageError(f"{len(layers)} layers are listed, {number} of {count} are to be dropped")
+    return layers
+
+
 def choose(
     config: PruneConfig, count: int, scores: Mapping[tuple[int, int], float], seed: int
 ) -> tuple[int, ...]:
@@ -56,7 +68,7 @@ def choose(
         raise StageError(f"cannot keep {config.num_hidden_layers} of {count} layers")
     match config.choice:
         case ByList(drop=drop):
-            return tuple(sorted(drop))
+            return listed_layers(drop, count, number)
         case AtRandom(contiguous=contiguous):
             return random_layers(count, number, contiguous, seed)
         case ByScore(contiguous=True):
@@ -93,7 +105,7 @@ def drop_layers(source: Path, target: Path, dropped: Sequence[int]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     size = 0
-    for shard in sorted(source.glob("*.safetensors")):
+    for shard in _shards(source):
         with safe_open(shard, framework="pt") as tensors:
             names = {name: renamed(name, path, place_of) for name in tensors.keys()}  # noqa: SIM118
             found = {new: tensors.get_tensor(old) for old, new in names.items() if new is not None}
@@ -101,11 +113,22 @@ def drop_layers(source: Path, target: Path, dropped: Sequence[int]) -> None:
             save_file(found, target / shard.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(found, shard.name)
             size += sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-    if len(set(weight_map.values())) > 1:
+    if set(weight_map.values()) != {WEIGHTS}:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (target / "config.json").write_text(json.dumps(pruned_config(config, dropped), indent=2))
     _copy_rest(source, target)
+
+
+def _shards(source: Path) -> list[Path]:
+    """The files that transformers reads; some folders hold the weights in another form besides."""
+    index = source / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        if not (source / WEIGHTS).exists():
+            raise StageError(f"{source} holds no {WEIGHTS}")
+        return [source / WEIGHTS]
+    names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    return [source / name for name in sorted(set(names.values()))]
 
 
 def _copy_rest(source: Path, target: Path) -> None:

@@ -111,11 +111,9 @@ def _answer(task: Task, sample: dict[str, Any]) -> Answer:
 def _margin(sample: dict[str, Any]) -> float | None:
     """Gold log-probability minus the best other choice's; None where the task has no choices."""
     choices = sample["filtered_resps"]
-    target = sample["target"]
-    if not isinstance(target, int) and not str(target).isdigit():
-        gold = sample["doc"].get("gold")
-    else:
-        gold = int(target)
+    gold = sample["doc"].get("gold", sample["target"])  # a target may also be the answer's text
+    if isinstance(gold, str) and gold.isdigit():
+        gold = int(gold)
     if not isinstance(gold, int) or len(choices) < 2 or not isinstance(choices[0], (tuple, list)):
         return None
     scores = [float(choice[0]) for choice in choices]

@@ -75,7 +75,10 @@ def _context(
         config = config_type.model_validate(described["config"])
     except ValidationError as error:
         raise ValueError(str(error)) from error
-    inputs = {role: Path(folder) for role, folder in (described.get("inputs") or {}).items()}
+    named = described.get("inputs") or {}
+    if not isinstance(named, dict):
+        raise ValueError("inputs must name a folder for each role")
+    inputs = {role: Path(folder) for role, folder in named.items()}
     for role, folder in inputs.items():
         if not (folder / "model").is_dir() and not (folder / "scores.jsonl").is_file():
             raise ValueError(f"inputs.{role}: {folder} is no artifact of a stage")

@@ -1,0 +1,397 @@
+"""The training loop: what a plain PyTorch loop would do, and the same after any interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trainers import checkpoints, corpus, engine
+from trainers.config import Training
+from trainers.contract import Interrupted, Runtime, Silent, StageError
+from trainers.pretrain import LanguageModelling
+
+WORDS, LENGTH = 13, 6
+BLOCKS = torch.randint(WORDS, (21, LENGTH), generator=torch.Generator().manual_seed(5))
+NEVER, ALWAYS = 1e9, 0.0
+
+
+class Bigram(nn.Module):
+    """The smallest language model: the next word from the last one alone."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(WORDS, WORDS)
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        return F.cross_entropy(self.table(ids_BL[:, :-1]).flatten(0, 1), ids_BL[:, 1:].flatten())
+
+
+def settings_of(**changes: Any) -> Training:
+    usual = {
+        "steps": 12,
+        "batch_size": 4,
+        "learning_rate": 0.05,
+        "minimum_learning_rate": 0.01,
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+    }
+    return Training(**{**usual, **changes})
+
+
+@dataclass
+class StopAt:
+    """A reporter that lets `error` out of one step."""
+
+    step: int
+    error: BaseException
+    done: list[int] = field(default_factory=list)
+
+    def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        self.done.append(done)
+        if done == self.step:
+            raise self.error
+
+
+def train(
+    objective: nn.Module,
+    training: Training,
+    out: Path,
+    reporter: Any = None,
+    checkpoint_every_s: float = NEVER,
+    blocks: Tensor = BLOCKS,
+) -> engine.Trained:
+    out.mkdir(exist_ok=True, parents=True)
+    runtime = Runtime(checkpoint_every_s=checkpoint_every_s)
+    return engine.train(objective, blocks, training, 7, out, reporter or Silent(), runtime)
+
+
+def curve(out: Path, name: str = "loss") -> list[tuple[int, int, float]]:
+    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    return [(row["step"], row["tokens"], row["value"]) for row in rows if row["name"] == name]
+
+
+def losses(out: Path) -> list[float]:
+    return [value for _, _, value in curve(out)]
+
+
+# --- the schedule ----------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_its_minimum() -> None:
+    training = settings_of(
+        steps=9, warmup_steps=4, learning_rate=1.0, minimum_learning_rate=0.2, batch_size=1
+    )
+    found = [engine.learning_rate_factor(step, training) for step in range(9)]
+    warm_up = [0.25, 0.5, 0.75, 1.0]
+    # A quarter, a half and three quarters of the way down: 0.2 + 0.8 * (1 + cos(pi x)) / 2.
+    half_cosine = [
+        1.0,
+        0.2 + 0.4 * (1 + math.sqrt(0.5)),
+        0.6,
+        0.2 + 0.4 * (1 - math.sqrt(0.5)),
+        0.2,
+    ]
+    assert found == pytest.approx(warm_up + half_cosine)
+
+
+@given(st.integers(1, 300), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_learning_rate_never_leaves_its_bounds(steps: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, steps - 1))
+    floor = data.draw(st.floats(0, 1))
+    training = settings_of(
+        steps=steps, warmup_steps=warmup, learning_rate=1.0, minimum_learning_rate=floor
+    )
+    factors = [engine.learning_rate_factor(step, training) for step in range(steps)]
+    assert max(factors) == pytest.approx(1.0)
+    assert all(0 < factor <= 1 for factor in factors[:warmup])
+    assert all(floor - 1e-12 <= factor <= 1 for factor in factors[warmup:])
+    if steps - warmup > 1:
+        assert factors[-1] == pytest.approx(floor)
+
+
+def test_the_curve_tells_the_learning_rate_that_each_step_used(tmp_path: Path) -> None:
+    training = settings_of()
+    train(Bigram(), training, tmp_path)
+    rates = [value for _, _, value in curve(tmp_path, "learning_rate")]
+    factors = [engine.learning_rate_factor(step, training) for step in range(training.steps)]
+    assert rates == pytest.approx([factor * training.learning_rate for factor in factors])
+
+
+# --- the step --------------------------------------------------------------------------------
+
+
+def plain_adamw_losses(objective: nn.Module, training: Training, blocks: Tensor) -> list[float]:
+    """The same training as a PyTorch user would write it down, without any engine."""
+    optimizer = torch.optim.AdamW(
+        objective.parameters(),
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        weight_decay=training.weight_decay,
+    )
+    found = []
+    for step in range(training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * engine.learning_rate_factor(step, training)
+        loss = objective(corpus.batch(blocks, step, training.batch_size, 7))
+        loss.backward()
+        if training.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), training.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1.0])
+def test_a_deepspeed_step_equals_a_plain_adamw_step(tmp_path: Path, clip: float) -> None:
+    training = settings_of(gradient_clip=clip)
+    ours, naive = Bigram(), Bigram()
+    trained = train(ours, training, tmp_path)
+    expected = plain_adamw_losses(naive, training, BLOCKS)
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(ours.table.weight, naive.table.weight, rtol=0, atol=1e-5)
+    assert trained.steps == 12
+    assert trained.tokens == 12 * 4 * LENGTH
+    assert trained.final_loss == pytest.approx(expected[-1], abs=1e-5)
+
+
+def test_a_transformer_trains_as_with_a_plain_adamw_loop(
+    tmp_path: Path, tiny_config: dict[str, Any]
+) -> None:
+    blocks = torch.randint(tiny_config["vocab_size"], (9, 10))
+    training = settings_of(steps=6, learning_rate=2e-3, minimum_learning_rate=0.0)
+    ours, naive = (
+        LanguageModelling(checkpoints.new_model(tiny_config, seed=3).train()) for _ in range(2)
+    )
+    train(ours, training, tmp_path, blocks=blocks)
+    expected = plain_adamw_losses(naive, training, blocks)
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_clipping_changes_what_is_learned(tmp_path: Path) -> None:
+    for name, clip in (("none", 0.0), ("hard", 1e-9)):
+        train(Bigram(), settings_of(gradient_clip=clip, weight_decay=0.0), tmp_path / name)
+    # Clipped to less than Adam's epsilon, a gradient moves next to nothing.
+    assert losses(tmp_path / "none")[-1] < losses(tmp_path / "hard")[-1] - 0.1
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulated_micro_batches_equal_the_full_batch(tmp_path: Path, micro: int) -> None:
+    full, parts = Bigram(), Bigram()
+    train(full, settings_of(), tmp_path / "full")
+    train(parts, settings_of(micro_batch_size=micro), tmp_path / "parts")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "full"), abs=1e-6)
+    torch.testing.assert_close(parts.table.weight, full.table.weight, rtol=0, atol=1e-6)
+
+
+def test_the_same_seed_trains_the_same_model_and_another_reads_in_another_order(
+    tmp_path: Path,
+) -> None:
+    once, again, other = Bigram(), Bigram(), Bigram()
+    train(once, settings_of(), tmp_path / "once")
+    train(again, settings_of(), tmp_path / "again")
+    other_order = tmp_path / "other"
+    other_order.mkdir()
+    engine.train(other, BLOCKS, settings_of(), 8, other_order, Silent(), Runtime())
+    assert torch.equal(once.table.weight, again.table.weight)
+    assert losses(tmp_path / "once") == losses(tmp_path / "again")
+    assert not torch.equal(once.table.weight, other.table.weight)
+
+
+# --- stopping and going on -------------------------------------------------------------------
+
+
+def stopped_and_resumed(
+    start: Callable[[], nn.Module],
+    training: Training,
+    out: Path,
+    stops: list[tuple[int, BaseException]],
+    checkpoint_every_s: float,
+) -> tuple[nn.Module, engine.Trained]:
+    """Run, let each stop happen, and start from nothing again each time, as a new process does."""
+    for step, error in stops:
+        with pytest.raises(type(error)):
+            train(start(), training, out, StopAt(step, error), checkpoint_every_s)
+    objective = start()
+    return objective, train(objective, training, out, None, checkpoint_every_s)
+
+
+def assert_undisturbed(
+    found: tuple[nn.Module, engine.Trained], out: Path, training: Training, undisturbed: Path
+) -> None:
+    whole = Bigram()
+    trained = train(whole, training, undisturbed)
+    objective, resumed = found
+    assert resumed == trained
+    assert torch.equal(objective.table.weight, whole.table.weight)
+    for name in ("loss", "learning_rate"):
+        assert curve(out, name) == curve(undisturbed, name)
+
+
+@given(stops=st.lists(st.integers(1, 229), min_size=1, max_size=3, unique=True).map(sorted))
+@settings(max_examples=4, deadline=None)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int]
+) -> None:
+    # More steps than the curve has points: a stop may fall between two of them.
+    training = settings_of(steps=230)
+    folder = tmp_path_factory.mktemp("interrupted")
+    found = stopped_and_resumed(
+        Bigram, training, folder / "out", [(stop, Interrupted()) for stop in stops], NEVER
+    )
+    assert_undisturbed(found, folder / "out", training, folder / "undisturbed")
+
+
+@given(stops=st.lists(st.integers(1, 11), min_size=1, max_size=2, unique=True).map(sorted))
+@settings(max_examples=4, deadline=None)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int]
+) -> None:
+    training = settings_of(steps=12, micro_batch_size=2)
+    folder = tmp_path_factory.mktemp("killed")
+    kills: list[tuple[int, BaseException]] = [(stop, RuntimeError("killed")) for stop in stops]
+    found = stopped_and_resumed(Bigram, training, folder / "out", kills, ALWAYS)
+    assert_undisturbed(found, folder / "out", training, folder / "undisturbed")
+
+
+def test_a_killed_run_repeats_only_the_step_after_its_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        train(Bigram(), settings_of(), tmp_path, StopAt(5, RuntimeError()), ALWAYS)
+    heard = StopAt(-1, RuntimeError())
+    train(Bigram(), settings_of(), tmp_path, heard)
+    assert heard.done == [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(Bigram(), settings_of(), tmp_path / "out", StopAt(4, Interrupted()))
+    # A kill during a save leaves a folder that `latest` does not name yet.
+    torn = tmp_path / "out" / "checkpoints" / "step5"
+    torn.mkdir()
+    (torn / "mp_rank_00_model_states.pt").write_bytes(b"half of")
+    objective = Bigram()
+    trained = train(objective, settings_of(), tmp_path / "out")
+    assert_undisturbed(
+        (objective, trained), tmp_path / "out", settings_of(), tmp_path / "undisturbed"
+    )
+
+
+def test_one_checkpoint_is_kept_while_running_and_none_at_the_end(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    class Watch:
+        def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
+            seen.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("step*")))
+
+    train(Bigram(), settings_of(steps=5), tmp_path, Watch(), ALWAYS)
+    assert seen == [[], ["step1"], ["step2"], ["step3"], ["step4"]]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_bf16_goes_on_exactly_too(tmp_path: Path) -> None:
+    training = settings_of(precision="bf16")
+
+    def start() -> nn.Module:
+        return Bigram().bfloat16()
+
+    objective, resumed = stopped_and_resumed(
+        start, training, tmp_path / "out", [(5, Interrupted())], NEVER
+    )
+    whole = start()
+    assert train(whole, training, tmp_path / "undisturbed") == resumed
+    assert torch.equal(objective.table.weight, whole.table.weight)
+    assert curve(tmp_path / "out") == curve(tmp_path / "undisturbed")
+
+
+# --- numbers gone wrong, and few bits --------------------------------------------------------
+
+
+class NanAt(Bigram):
+    """A model whose loss leaves the numbers at one of its calls."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.call, self.calls = call, 0
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        self.calls += 1
+        loss = super().forward(ids_BL)
+        return loss * math.nan if self.calls == self.call else loss
+
+
+@pytest.mark.parametrize(("micro", "call"), [(None, 3), (2, 6), (2, 5)])
+def test_a_loss_that_is_not_a_number_stops_the_stage_and_names_the_step(
+    tmp_path: Path, micro: int | None, call: int
+) -> None:
+    with pytest.raises(StageError, match=r"nan at step 3$"):
+        train(NanAt(call), settings_of(micro_batch_size=micro), tmp_path, None, ALWAYS)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step2"
+
+
+class Drift(nn.Module):
+    """Weights of one whose every gradient is one, so that each step takes off the learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        return self.weight.sum()
+
+
+def test_bf16_keeps_master_weights_that_small_updates_add_up_in(tmp_path: Path) -> None:
+    rate, steps = 1e-3, 100
+    training = settings_of(
+        steps=steps,
+        learning_rate=rate,
+        minimum_learning_rate=rate,
+        warmup_steps=0,
+        weight_decay=0.0,
+        precision="bf16",
+    )
+    one = torch.ones((), dtype=torch.bfloat16)
+    assert one - rate == one, "a single update must be lost in bf16 for this test to mean anything"
+    objective = Drift().bfloat16()
+    train(objective, training, tmp_path)
+    expected = torch.full((64,), 1 - rate * steps)
+    torch.testing.assert_close(objective.weight.float(), expected, rtol=0, atol=4e-3)
+
+
+def test_bf16_learns_nearly_as_fp32_does(tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        objective = Bigram().to(checkpoints.DTYPES[precision])
+        train(objective, settings_of(steps=60, precision=precision), tmp_path / precision)
+    full, half = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert half == pytest.approx(full, abs=0.05)
+    assert full[-1] < full[0] - 0.3
+
+
+def test_a_long_curve_has_about_a_hundred_points_that_are_means(tmp_path: Path) -> None:
+    training = settings_of(steps=250)
+    each: list[float] = []
+
+    class Listen:
+        def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
+            each.append(values["loss"])
+
+    train(Bigram(), training, tmp_path, Listen())
+    points = curve(tmp_path)
+    assert len(points) == 125
+    assert [value for _, _, value in points] == pytest.approx(
+        [(each[place] + each[place + 1]) / 2 for place in range(0, 250, 2)]
+    )
+    assert [(step, tokens) for step, tokens, _ in points[:2]] == [(2, 48), (4, 96)]
