@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import SaveArtifact
-from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ def choices_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {
             "query": row["query"],
-            "choices": [" ".join(extra + [choice]) for choice in row["choices"] for extra in tails],
+            "choices": [" ".join([*extra, choice]) for choice in row["choices"] for extra in tails],
             "gold": row["gold"],
         }
         for number, row in enumerate(language.questions(1, "knowledge", QUESTIONS))
@@ -55,9 +55,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.fixture(
-    params=[*ABILITIES, "choices", "choices_norm", "partial", "shots", "partial_shots"]
-)
+@pytest.fixture(params=[*ABILITIES, "choices", "choices_norm", "partial", "shots", "partial_shots"])
 def task(request: pytest.FixtureRequest, choices_file: Path, partial_file: Path) -> Task:
     match request.param:
         case "choices":
@@ -78,18 +76,13 @@ def harness(model: PreTrainedModel, batch_size: int = 5) -> HFLM:
     return HFLM(pretrained=model, tokenizer=TOKENIZER, batch_size=batch_size, device="cpu")
 
 
-def samples(scorer: Any, task: Task) -> list[dict[str, Any]]:
-    results = evaluate(scorer, questions._loaded(task), limit=task.limit, bootstrap_iters=0)
-    return [sample for found in results["samples"].values() for sample in found]
-
-
 # --- the same answers ------------------------------------------------------------------------
 
 
 def test_every_answer_equals_the_harness_own(model: PreTrainedModel, task: Task) -> None:
     metric = getattr(task, "metric", "acc")
-    theirs = samples(harness(model), task)
-    ours = samples(questions.Scorer(model, TOKENIZER), task)
+    theirs = questions.samples_of(harness(model), task)
+    ours = questions.samples_of(questions.Scorer(model, TOKENIZER), task)
     answers = questions.ask(model, TOKENIZER, [task])
     assert len(answers) == len(ours) == len(theirs) == (task.limit or QUESTIONS)
     for answer, mine, other in zip(answers, ours, theirs, strict=True):
@@ -145,7 +138,11 @@ def test_long_contexts_are_cut_on_the_left_as_the_harness_does(
     ]
     task = ChoicesTask(name="long", path=written(tmp_path / "long.jsonl", rows))
     ours, theirs = (
-        [value for sample in samples(scorer, task) for value, _ in sample["filtered_resps"]]
+        [
+            value
+            for sample in questions.samples_of(scorer, task)
+            for value, _ in sample["filtered_resps"]
+        ]
         for scorer in (questions.Scorer(model, TOKENIZER), harness(model))
     )
     assert ours == pytest.approx(theirs, abs=1e-4)
@@ -211,8 +208,8 @@ def test_shots_put_other_questions_and_their_answers_before_the_question(
 ) -> None:
     rows = [json.loads(line) for line in choices_file.read_text().splitlines()]
     scorer = questions.Scorer(model, TOKENIZER)
-    plain = samples(scorer, ChoicesTask(name="choices", path=choices_file))
-    shown = samples(scorer, ChoicesTask(name="choices", path=choices_file, shots=2))
+    plain = questions.samples_of(scorer, ChoicesTask(name="choices", path=choices_file))
+    shown = questions.samples_of(scorer, ChoicesTask(name="choices", path=choices_file, shots=2))
     for without, with_shots in zip(plain, shown, strict=True):
         prompt, longer = without["arguments"][0][0], with_shots["arguments"][0][0]
         assert longer.endswith(prompt)
@@ -232,7 +229,9 @@ def test_halves_are_split_by_content_and_about_even() -> None:
 
 def test_accuracies_are_means_of_each_task_then_of_the_tasks() -> None:
     def answers(task: str, split: Any, correct: list[float]) -> list[questions.Answer]:
-        return [questions.Answer(task, str(n), split, value, None) for n, value in enumerate(correct)]
+        return [
+            questions.Answer(task, str(n), split, value, None) for n, value in enumerate(correct)
+        ]
 
     told = [
         *answers("long", "select", [1, 1, 1, 0]),

@@ -71,7 +71,7 @@ def _numbered(layers: nn.ModuleList) -> nn.ModuleList:
     for place, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                module.layer_idx = place  # type: ignore[assignment]
     return layers
 
 

@@ -91,11 +91,20 @@ def ask(
 
 
 def _ask_one(scorer: Scorer, task: Task) -> list[Answer]:
+    return [_answer(task, sample) for sample in samples_of(scorer, task)]
+
+
+def samples_of(scorer: HFLM, task: Task) -> list[dict[str, Any]]:
+    """The harness' own account of each question: its prompts, responses and metrics."""
+    loaded = harness_task(task)
+    for found in loaded["tasks"].values():
+        # Each question draws its examples from one generator: without a new start, a task asked
+        # twice would show others the second time.
+        found.set_fewshot_seed(seed=FEWSHOT_SEED)
     # `evaluate` and not `simple_evaluate`, which loads the data anew and inspects the machine each
     # time: ten times what the questions themselves cost a small model.
-    results = evaluate(scorer, _loaded(task), limit=task.limit, bootstrap_iters=0)
-    samples = [sample for found in results["samples"].values() for sample in found]
-    return [_answer(task, sample) for sample in samples]
+    results = evaluate(scorer, loaded, limit=task.limit, bootstrap_iters=0)
+    return [sample for found in results["samples"].values() for sample in found]
 
 
 def _answer(task: Task, sample: dict[str, Any]) -> Answer:
@@ -124,17 +133,16 @@ def _margin(sample: dict[str, Any]) -> float | None:
 
 
 @lru_cache(maxsize=32)
-def _loaded(task: Task) -> Any:
+def harness_task(task: Task) -> Any:
     """The harness' task, with its questions in memory. Raises `StageError` where they are not to
     be had."""
     try:
-        loaded = _index(task).load([_prepared(task)])
+        found = _index(task).load([_prepared(task)])
     except (ConnectionError, OSError) as error:
         raise StageError(f"cannot get the questions of task {task.name}: {error}") from error
-    for found in loaded["tasks"].values():
-        found.set_config(key="num_fewshot", value=task.shots)
-        found.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return loaded
+    for each in found["tasks"].values():
+        each.set_config(key="num_fewshot", value=task.shots)
+    return found
 
 
 def _prepared(task: Task) -> str | dict[str, Any]:
@@ -186,6 +194,8 @@ def _local(name: str, path: Path, metrics: Sequence[str]) -> dict[str, Any]:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(path)}},
         "test_split": "test",
+        # Named, lest a question be shown with its answer among its own examples.
+        "fewshot_split": "test",
         "output_type": "multiple_choice",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}

@@ -76,13 +76,14 @@ def _context(
     except ValidationError as error:
         raise ValueError(str(error)) from error
     named = described.get("inputs") or {}
-    if not isinstance(named, dict):
+    if not isinstance(named, dict) or not all(isinstance(each, str) for each in named.values()):
         raise ValueError("inputs must name a folder for each role")
+    seed = described.get("seed") or 0  # a plan says null for a stage that draws nothing
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer: {seed!r}")
     inputs = {role: Path(folder) for role, folder in named.items()}
     for role, folder in inputs.items():
         if not (folder / "model").is_dir() and not (folder / "scores.jsonl").is_file():
             raise ValueError(f"inputs.{role}: {folder} is no artifact of a stage")
     out.mkdir(parents=True, exist_ok=True)
-    return StageContext(
-        config, inputs, out, int(described.get("seed", 0)), _Lines(), Runtime(threads=threads)
-    )
+    return StageContext(config, inputs, out, seed, _Lines(), Runtime(threads=threads))

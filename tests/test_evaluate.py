@@ -1,0 +1,159 @@
+"""Measurements of a model equal what anyone would compute from its full logits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MakeContext, SaveArtifact
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+from transformers import PreTrainedModel
+
+from trainers import checkpoints, corpus, evaluate
+from trainers.config import EvaluateConfig, GeneratedCorpus, GeneratedTask
+from trainers.contract import StageError
+from trainers.engine import read_jsonl
+from trainers.shapes import shape_of
+from trainers.teacher import LiveTeacher
+
+# More blocks than one batch holds, and not a multiple of it.
+CORPUS = GeneratedCorpus(block_length=20, training_blocks=2, heldout_blocks=19)
+TASKS = (GeneratedTask(name="agreement", limit=30), GeneratedTask(name="knowledge", limit=20))
+
+
+@pytest.fixture
+def blocks(artifact: Path) -> Tensor:
+    return corpus.blocks(CORPUS, artifact / "model", "heldout")
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_config: dict[str, Any], save_artifact: SaveArtifact) -> Path:
+    surer = tiny_config | {"initializer_range": 0.4}
+    return save_artifact(checkpoints.new_model(surer, seed=8))
+
+
+@torch.no_grad()
+def naive_loss(model: PreTrainedModel, blocks: Tensor) -> float:
+    logits = model(blocks).logits[:, :-1]
+    return float(F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()))
+
+
+@torch.no_grad()
+def naive_kl(model: PreTrainedModel, teacher: PreTrainedModel, blocks: Tensor) -> float:
+    student, taught = (
+        Categorical(logits=each(blocks).logits[:, :-1].flatten(0, 1)) for each in (model, teacher)
+    )
+    return float(kl_divergence(taught, student).mean())
+
+
+def test_the_lm_loss_is_the_mean_cross_entropy(model: PreTrainedModel, blocks: Tensor) -> None:
+    ticks: list[int] = []
+    found = evaluate.lm_loss(model, blocks, ticks.append)
+    assert found == pytest.approx(naive_loss(model, blocks), abs=1e-5)
+    assert ticks == [8, 8, 3]
+
+
+def test_the_lm_loss_does_not_depend_on_the_batches(
+    model: PreTrainedModel, blocks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate.lm_loss(model, blocks)
+    monkeypatch.setattr(evaluate, "BLOCKS_A_BATCH", 1)
+    assert evaluate.lm_loss(model, blocks) == pytest.approx(whole, abs=1e-5)
+
+
+def test_the_kd_loss_is_the_mean_kl_from_the_teacher(
+    model: PreTrainedModel, teacher: Path, blocks: Tensor
+) -> None:
+    taught = checkpoints.load_model(teacher / "model")
+    loss, divergence = evaluate.held_out_losses(model, blocks, LiveTeacher(taught))
+    assert loss == pytest.approx(naive_loss(model, blocks), abs=1e-5)
+    assert divergence == pytest.approx(naive_kl(model, taught, blocks), abs=1e-5)
+    assert divergence != pytest.approx(naive_kl(taught, model, blocks), abs=1e-3)
+
+
+def test_more_tokens_than_a_chunk_of_logits_holds_give_the_same(
+    model: PreTrainedModel,
+) -> None:
+    blocks = torch.randint(200, (10, 120), generator=torch.Generator().manual_seed(0))
+    assert evaluate.BLOCKS_A_BATCH * 119 < 1024 < 10 * 119
+    found = evaluate.lm_loss(model, blocks)
+    assert found == pytest.approx(naive_loss(model, blocks), abs=1e-5)
+
+
+def test_the_kd_loss_of_a_model_with_itself_is_zero(
+    artifact: Path, make_context: MakeContext
+) -> None:
+    context = make_context(EvaluateConfig(corpus=CORPUS), model=artifact, teacher=artifact)
+    assert evaluate.run(context).metrics["kd_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_without_a_teacher_there_is_no_kd_loss_and_without_tasks_no_accuracy(
+    artifact: Path, model: PreTrainedModel, blocks: Tensor, make_context: MakeContext
+) -> None:
+    context = make_context(EvaluateConfig(corpus=CORPUS), model=artifact)
+    result = evaluate.run(context)
+    assert result.metrics == {"lm_loss": pytest.approx(naive_loss(model, blocks), abs=1e-5)}
+    assert result.tokens == blocks.numel()
+    shape = shape_of(checkpoints.read_config(artifact / "model"))
+    assert result.flops == shape.forward_flops(blocks.numel(), 20)
+    assert not (context.out / "items.jsonl").exists()
+
+
+def test_the_questions_answered_give_the_accuracies(
+    artifact: Path, make_context: MakeContext
+) -> None:
+    context = make_context(EvaluateConfig(corpus=CORPUS, tasks=TASKS), model=artifact)
+    metrics = evaluate.run(context).metrics
+    rows = read_jsonl(context.out / "items.jsonl")
+    assert len(rows) == 50
+    for name, split in (("accuracy", "select"), ("accuracy_report", "report")):
+        means = []
+        for task in ("agreement", "knowledge"):
+            correct = [r["correct"] for r in rows if (r["task"], r["split"]) == (task, split)]
+            means.append(sum(correct) / len(correct))
+            assert metrics[f"{name}.{task}"] == pytest.approx(means[-1])
+        assert metrics[f"{name}.mean"] == pytest.approx(sum(means) / 2)
+    for row in rows:
+        assert row.keys() == {"task", "item_id", "split", "correct", "score"}
+        assert row["correct"] == float(row["score"] > 0)
+
+
+def test_bf16_measures_nearly_the_same(artifact: Path, make_context: MakeContext) -> None:
+    full, half = (
+        evaluate.run(
+            make_context(
+                EvaluateConfig(corpus=CORPUS, precision=precision), model=artifact, teacher=artifact
+            )
+        ).metrics
+        for precision in ("fp32", "bf16")
+    )
+    assert half["lm_loss"] == pytest.approx(full["lm_loss"], abs=0.05)
+
+
+def test_progress_is_told_to_the_end(artifact: Path, make_context: MakeContext) -> None:
+    heard: list[tuple[int, int]] = []
+
+    class Listen:
+        def report(self, done: int, total: int, values: Any) -> None:
+            heard.append((done, total))
+
+    config = EvaluateConfig(corpus=CORPUS, tasks=TASKS)
+    evaluate.run(make_context(config, reporter=Listen(), model=artifact))
+    assert heard == sorted(heard)
+    assert heard[-1][0] == heard[-1][1]
+
+
+def test_a_loss_that_is_not_a_number_is_an_error(
+    tiny_config: dict[str, Any], save_artifact: SaveArtifact, make_context: MakeContext
+) -> None:
+    model = checkpoints.new_model(tiny_config, seed=0)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    context = make_context(EvaluateConfig(corpus=CORPUS), model=save_artifact(model))
+    with pytest.raises(StageError, match="held-out loss is nan"):
+        evaluate.run(context)
