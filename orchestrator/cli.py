@@ -108,10 +108,11 @@ def run(
 ) -> None:
     """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped."""
     loaded, planned = _plan(sweep, profile, overrides)
-    store = Store(_writable(results) / "artifacts") if not dry_run else Store(results / "artifacts")
     if dry_run:
-        _print_plan(loaded, planned, store, results)
+        _print_plan(loaded, planned, Store(results / "artifacts"), results)
         return
+    results = _writable(results)  # absolute: workers run in folders of their own
+    store = Store(results / "artifacts")
     folder = _results_folder(results, loaded)
     try:
         with Lease(folder / ".running").at_once():

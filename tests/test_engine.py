@@ -290,6 +290,27 @@ def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     )
 
 
+def test_a_kill_between_curve_and_checkpoint_leaves_no_point_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = engine.deepspeed.DeepSpeedEngine.save_checkpoint
+
+    def killed_at_4(self: Any, folder: str, tag: str, **rest: Any) -> Any:
+        if tag == "step4":
+            raise RuntimeError("killed")
+        return save(self, folder, tag=tag, **rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(engine.deepspeed.DeepSpeedEngine, "save_checkpoint", killed_at_4)
+        train(Bigram(), settings_of(), tmp_path / "out", None, ALWAYS)
+    assert [step for step, _, _ in curve(tmp_path / "out")] == [1, 2, 3, 4]
+    objective = Bigram()
+    trained = train(objective, settings_of(), tmp_path / "out")
+    assert_undisturbed(
+        (objective, trained), tmp_path / "out", settings_of(), tmp_path / "undisturbed"
+    )
+
+
 def test_one_checkpoint_is_kept_while_running_and_none_at_the_end(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
