@@ -219,9 +219,11 @@ def _run(
     max_concurrent: int | None,
     command: str,
 ) -> int:
-    from orchestrator.records import Ledger, write_parquet
+    from orchestrator.jobs import make_jobs
+    from orchestrator.ledger import Ledger
+    from orchestrator.records import write_parquet
     from orchestrator.tracking import Mirror, artifact_location, tracking_uri
-    from orchestrator.tuning import Place, make_jobs
+    from orchestrator.tuning import Place
 
     place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)
     (place.folder / "sweep.yaml").write_text(sweep.dump_yaml())
@@ -429,66 +431,16 @@ def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -
 
 
 def _plan_as_json(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> dict[str, Any]:
+    stored = {n.stage_id for n in planned.nodes() if store.manifest(n.stage_id) is not None}
     done = _finished(results / sweep.name / sweep.profile)
-    stored = {node.stage_id: bool(store.manifest(node.stage_id)) for node in planned.nodes()}
-    trials = []
-    for planned_trial in planned.trials:
-        trial = planned_trial.trial
-        stages = [
-            {
-                "step": step,
-                "stage_id": node.stage_id,
-                "kind": node.kind,
-                "trials": planned.asked_by[node.stage_id],
-                "stored": stored[node.stage_id],
-                "tokens": node.tokens,
-                "flops": node.flops,
-                "config": node.config,
-                "inputs": {role: str(store.path(i)) for role, i in node.inputs.items()},
-                "seed": node.seed,
-            }
-            for step, node in planned_trial.steps.items()
-        ]
-        trials.append(
-            {
-                "trial_id": trial.trial_id,
-                "label": trial.label,
-                "baseline": trial.baseline,
-                "axes": dict(trial.axes),
-                "seed": trial.seed,
-                "done": trial.trial_id in done,
-                "parameters": planned_trial.shape.parameters,
-                "parameters_non_embedding": planned_trial.shape.parameters_non_embedding,
-                "num_hidden_layers": planned_trial.shape.num_hidden_layers,
-                "tokens": sum(node.tokens for node in planned_trial.steps.values()),
-                "flops": sum(node.flops for node in planned_trial.steps.values()),
-                "stages": stages,
-            }
-        )
-    nodes = planned.nodes()
-    return {
-        "sweep": sweep.name,
-        "profile": sweep.profile,
-        "trials": trials,
-        "left_out": [
-            {"assignment": dict(left.assignment), "reason": left.reason}
-            for left in planned.left_out
-        ],
-        "total": {
-            "trials": len(trials),
-            "trials_done": sum(trial["done"] for trial in trials),
-            "stages": len(nodes),
-            "stages_stored": sum(stored.values()),
-            "tokens": sum(node.tokens for node in nodes),
-            "flops": sum(node.flops for node in nodes),
-        },
-    }
+    found = planning.describe(planned, done, stored, lambda stage_id: str(store.path(stage_id)))
+    return {"sweep": sweep.name, "profile": sweep.profile, **found}
 
 
 def _finished(folder: Path) -> set[str]:
     if not (folder / "ledger.jsonl").exists():
         return set()
-    from orchestrator.records import Ledger
+    from orchestrator.ledger import Ledger
 
     return Ledger(folder / "ledger.jsonl").finished_trials()
 

@@ -7,7 +7,7 @@ the seed where it uses one. Two trials that differ only downstream share every u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,3 +313,70 @@ def _evaluate_node(
         flops += (source or shape).forward_flops(tokens, config.corpus.block_length)
         inputs["teacher"] = teacher.stage_id
     return _node("evaluate", stage, inputs, None, tokens, flops)
+
+
+# --- for people and programs -----------------------------------------------------------------
+
+
+def describe(
+    plan: SweepPlan,
+    done: Collection[str],
+    stored: Collection[str],
+    artifact: Callable[[str], str],
+) -> dict[str, Any]:
+    """The plan as JSON values. `done` trials and `stored` stages are marked; `artifact` gives the
+    folder of a stage id."""
+    trials = [_described(each, plan, done, stored, artifact) for each in plan.trials]
+    nodes = plan.nodes()
+    return {
+        "trials": trials,
+        "left_out": [
+            {"assignment": dict(left.assignment), "reason": left.reason} for left in plan.left_out
+        ],
+        "total": {
+            "trials": len(trials),
+            "trials_done": sum(trial["done"] for trial in trials),
+            "stages": len(nodes),
+            "stages_stored": sum(node.stage_id in stored for node in nodes),
+            "tokens": sum(node.tokens for node in nodes),
+            "flops": sum(node.flops for node in nodes),
+        },
+    }
+
+
+def _described(
+    planned: TrialPlan,
+    plan: SweepPlan,
+    done: Collection[str],
+    stored: Collection[str],
+    artifact: Callable[[str], str],
+) -> dict[str, Any]:
+    trial, steps = planned.trial, planned.steps
+    return {
+        "trial_id": trial.trial_id,
+        "label": trial.label,
+        "baseline": trial.baseline,
+        "axes": dict(trial.axes),
+        "seed": trial.seed,
+        "done": trial.trial_id in done,
+        "parameters": planned.shape.parameters,
+        "parameters_non_embedding": planned.shape.parameters_non_embedding,
+        "num_hidden_layers": planned.shape.num_hidden_layers,
+        "tokens": sum(node.tokens for node in steps.values()),
+        "flops": sum(node.flops for node in steps.values()),
+        "stages": [
+            {
+                "step": step,
+                "stage_id": node.stage_id,
+                "kind": node.kind,
+                "trials": plan.asked_by[node.stage_id],
+                "stored": node.stage_id in stored,
+                "tokens": node.tokens,
+                "flops": node.flops,
+                "config": node.config,
+                "inputs": {role: artifact(found) for role, found in node.inputs.items()},
+                "seed": node.seed,
+            }
+            for step, node in steps.items()
+        ],
+    }

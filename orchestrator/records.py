@@ -1,8 +1,7 @@
-"""What is known of the trials and stages that ran: typed records, the ledger, the parquet files.
+"""What is known of the trials and stages that ran: typed records and the parquet files.
 
-The ledger is the truth: append-only JSON lines, one event a line, flushed to disk before the sweep
-goes on. The parquet files are written from it and can be rebuilt at any time. The only module that
-imports pyarrow.
+The parquet files are written from the ledger (`orchestrator.ledger`) and can be rebuilt at any
+time. The only module that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -132,18 +129,18 @@ class Records:
 # --- canonical form --------------------------------------------------------------------------
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
-def _canonical(trial: TrialRecord) -> TrialRecord:
+def canonical(trial: TrialRecord) -> TrialRecord:
     """What ledger and parquet both keep of a trial: JSON values, finite metrics, milliseconds.
     A metric without a value is left out here; it is null in the parquet file."""
     metrics = sorted(trial.metrics.items())
     return replace(
         trial,
-        config=json.loads(_json(trial.config)),
-        axes=json.loads(_json(trial.axes)),
+        config=json.loads(json_text(trial.config)),
+        axes=json.loads(json_text(trial.axes)),
         metrics={k: float(v) for k, v in metrics if v is not None and math.isfinite(v)},
         started_at=round(trial.started_at, 3),
         ended_at=round(trial.ended_at, 3),
@@ -153,12 +150,12 @@ def _canonical(trial: TrialRecord) -> TrialRecord:
 Point = TypeVar("Point", CurvePoint, BlockScore)
 
 
-def _measured(rows: Iterable[Point]) -> list[Point]:
+def measured(rows: Iterable[Point]) -> list[Point]:
     """In a table of one value a row, a value that is not finite has no row."""
     return [row for row in rows if math.isfinite(row.value)]
 
 
-def _scored(items: Iterable[ItemRecord]) -> list[ItemRecord]:
+def scored(items: Iterable[ItemRecord]) -> list[ItemRecord]:
     return [
         item if item.score is None or math.isfinite(item.score) else replace(item, score=None)
         for item in items
@@ -166,223 +163,28 @@ def _scored(items: Iterable[ItemRecord]) -> list[ItemRecord]:
     ]
 
 
-def _trial(values: Mapping[str, Any]) -> TrialRecord:
+def trial_from(values: Mapping[str, Any]) -> TrialRecord:
     dropped = values.get("dropped_layers")
     whole = {**values, "dropped_layers": None if dropped is None else tuple(dropped)}
     return TrialRecord(**whole)
 
 
-def _names(kind: type[Any], *without: str) -> list[str]:
+def names(kind: type[Any], *without: str) -> list[str]:
     return [each.name for each in fields(kind) if each.name not in without]
 
 
-def _columns(rows: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
+def columns(rows: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
     return {name: [getattr(row, name) for row in rows] for name in names}
 
 
-def _rows(kind: type[Any], columns: Mapping[str, list[Any]], **same: Any) -> list[Any]:
+def rows_from(kind: type[Any], columns: Mapping[str, list[Any]], **same: Any) -> list[Any]:
     return [
         kind(**same, **dict(zip(columns, values, strict=True)))
         for values in zip(*columns.values(), strict=True)
     ]
 
 
-# --- the ledger ------------------------------------------------------------------------------
-
-_AFTER_TORN = {"event": "torn"}
-"""Written at the head of a fresh line: the line above it was cut off by a kill, as is known."""
-
-
-class Ledger:
-    """The events of one sweep, one JSON object a line, each flushed to disk before `append`
-    returns. Nothing is ever rewritten, so a kill can cost at most the line being written.
-
-    Reading is incremental: lines that another process appended are seen too. Safe to share
-    between threads. The file appears with the first event.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.RLock()
-        self._offset = 0
-        self._line = 1
-        self._trials: dict[str, tuple[TrialRecord, list[CurvePoint], list[ItemRecord]]] = {}
-        self._stages: dict[tuple[str, str], StageRecord] = {}
-        self._scores: dict[str, list[BlockScore]] = {}
-        self._runs: dict[str | None, str] = {}
-
-    # Writing.
-
-    def trial(
-        self,
-        record: TrialRecord,
-        curves: Sequence[CurvePoint] = (),
-        items: Sequence[ItemRecord] = (),
-    ) -> None:
-        """A trial ended. It replaces what an earlier attempt at the same trial left."""
-        self.append(
-            {
-                "event": "trial",
-                "trial": asdict(_canonical(record)),
-                "curves": _columns(_measured(curves), _names(CurvePoint, "trial_id")),
-                "items": _columns(_scored(items), _names(ItemRecord, "trial_id")),
-            }
-        )
-
-    def stage(self, record: StageRecord) -> None:
-        """A stage that a trial asked for is done. Saying so twice changes nothing, but a stage
-        that was really run replaces one found in the store: its cost was paid."""
-        self.append({"event": "stage", "stage": asdict(record)})
-
-    def scores(self, rows: Sequence[BlockScore]) -> None:
-        """The block scores of one or more importance stages; the first of a stage stay."""
-        columns = _columns(_measured(rows), _names(BlockScore))
-        self.append({"event": "scores", "scores": columns})
-
-    def tracked(self, trial_id: str | None, mlflow_run_id: str) -> None:
-        """The MLflow run that shows a trial, or the whole sweep where `trial_id` is None."""
-        self.append({"event": "tracked", "trial_id": trial_id, "mlflow_run_id": mlflow_run_id})
-
-    def append(self, event: Mapping[str, Any]) -> None:
-        """Add one event in one write and wait until the disk has it."""
-        line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        with self._lock:
-            new = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                if _ends_in_mid_line(descriptor):
-                    line = b"\n" + _json(_AFTER_TORN).encode() + b"\n" + line
-                _write_all(descriptor, line)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if new:
-                _sync_folder(self.path.parent)
-
-    # Reading.
-
-    def finished_trials(self) -> set[str]:
-        """Ids of the trials that need not run again: completed, or stopped by the scheduler."""
-        with self._lock:
-            self._refresh()
-            return {id_ for id_, (trial, _, _) in self._trials.items() if trial.status != "failed"}
-
-    def scored_stages(self) -> set[str]:
-        """Ids of the importance stages whose block scores are known."""
-        with self._lock:
-            self._refresh()
-            return set(self._scores)
-
-    def tracked_runs(self) -> dict[str | None, str]:
-        """Trial id -> MLflow run id; the sweep's own parent run stands under None."""
-        with self._lock:
-            self._refresh()
-            return dict(self._runs)
-
-    def records(self, sweep: str, profile: str, order: Sequence[str] = ()) -> Records:
-        """All that is known, trials in the given order of ids and then the others by id."""
-        with self._lock:
-            self._refresh()
-            ids = _in_order({*self._trials, *(trial_id for trial_id, _ in self._stages)}, order)
-            ended = [self._trials[id_] for id_ in ids if id_ in self._trials]
-            by_trial: dict[str, list[StageRecord]] = {}
-            for stage in self._stages.values():
-                by_trial.setdefault(stage.trial_id, []).append(stage)
-            stages = [stage for id_ in ids for stage in by_trial.get(id_, ())]
-            scored = _in_order(set(self._scores), list(dict.fromkeys(s.stage_id for s in stages)))
-            return Records(
-                sweep=sweep,
-                profile=profile,
-                trials=tuple(self._with_run(trial) for trial, _, _ in ended),
-                stages=tuple(stages),
-                curves=tuple(point for _, curves, _ in ended for point in curves),
-                items=tuple(item for _, _, items in ended for item in items),
-                scores=tuple(score for id_ in scored for score in self._scores[id_]),
-            )
-
-    def _with_run(self, trial: TrialRecord) -> TrialRecord:
-        run = self._runs.get(trial.trial_id, trial.mlflow_run_id)
-        return replace(trial, mlflow_run_id=run)
-
-    def _refresh(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as stream:
-            stream.seek(self._offset)
-            *lines, rest = stream.read().split(b"\n")
-        for position, line in enumerate(lines):
-            torn = lines[position + 1 : position + 2] == [_json(_AFTER_TORN).encode()]
-            if not self._apply(line) and not torn:
-                self._warn()
-            self._line += 1
-            self._offset += len(line) + 1
-        # A last line without its end was cut off, unless all but the line feed got through.
-        if self._apply(rest):
-            self._offset += len(rest)
-
-    def _warn(self) -> None:
-        text = f"{self.path}: line {self._line} is damaged and was left out"
-        warnings.warn(text, stacklevel=4)
-
-    def _apply(self, line: bytes) -> bool:
-        """Take one line in; False where it is no event."""
-        if not line:
-            return True
-        try:
-            event = json.loads(line)
-            kind = event["event"]
-            if kind == "trial":
-                self._take_trial(event)
-            elif kind == "stage":
-                self._take_stage(StageRecord(**event["stage"]))
-            elif kind == "scores":
-                self._take_scores(_rows(BlockScore, event["scores"]))
-            elif kind == "tracked":
-                self._runs[event["trial_id"]] = event["mlflow_run_id"]
-            else:
-                return bool(event == _AFTER_TORN)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return False
-        return True
-
-    def _take_trial(self, event: Mapping[str, Any]) -> None:
-        trial = _trial(event["trial"])
-        curves = _rows(CurvePoint, event["curves"], trial_id=trial.trial_id)
-        items = _rows(ItemRecord, event["items"], trial_id=trial.trial_id)
-        self._trials[trial.trial_id] = (trial, curves, items)
-
-    def _take_stage(self, stage: StageRecord) -> None:
-        key = (stage.trial_id, stage.stage_id)
-        known = self._stages.get(key)
-        if known is None or (known.cached and not stage.cached):
-            self._stages[key] = stage
-
-    def _take_scores(self, rows: Sequence[BlockScore]) -> None:
-        by_stage: dict[str, list[BlockScore]] = {}
-        for row in rows:
-            by_stage.setdefault(row.stage_id, []).append(row)
-        for stage_id, scores in by_stage.items():
-            self._scores.setdefault(stage_id, scores)
-
-
-def _in_order(ids: set[str], order: Sequence[str]) -> list[str]:
-    place = {id_: position for position, id_ in enumerate(order)}
-    return sorted(ids, key=lambda id_: (place.get(id_, len(place)), id_))
-
-
-def _ends_in_mid_line(descriptor: int) -> bool:
-    size = os.fstat(descriptor).st_size
-    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    # One call writes it all, except on a disk that is nearly full.
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -451,13 +253,13 @@ def write_parquet(records: Records, folder: Path) -> None:
     tables = {
         "trials": _trials_table(records.trials),
         "stages": _plain_table("stages", records.stages),
-        "curves": _plain_table("curves", _measured(records.curves)),
-        "items": _plain_table("items", _scored(records.items)),
-        "importance": _plain_table("importance", _measured(records.scores)),
+        "curves": _plain_table("curves", measured(records.curves)),
+        "items": _plain_table("items", scored(records.items)),
+        "importance": _plain_table("importance", measured(records.scores)),
     }
     for name, table in tables.items():
         _replace_file(table.replace_schema_metadata(about), folder / f"{name}.parquet")
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def read_parquet(folder: Path) -> Records:
@@ -469,7 +271,7 @@ def read_parquet(folder: Path) -> Records:
         raise FileNotFoundError(f"{folder} has no trials.parquet: no sweep has recorded into it")
     trials = _read_table(folder / "trials.parquet")
     rows = {
-        name: tuple(_rows(kind, _read_table(folder / f"{name}.parquet").to_pydict()))
+        name: tuple(rows_from(kind, _read_table(folder / f"{name}.parquet").to_pydict()))
         for name, kind in _TABLES.items()
         if (folder / f"{name}.parquet").is_file()
     }
@@ -486,11 +288,11 @@ def read_parquet(folder: Path) -> Records:
 
 def _plain_table(name: str, rows: Sequence[Any]) -> pa.Table:
     schema = _schema_of(_TABLES[name])
-    return pa.table(_columns(rows, schema.names), schema=schema)
+    return pa.table(columns(rows, schema.names), schema=schema)
 
 
 def _trials_table(trials: Sequence[TrialRecord]) -> pa.Table:
-    rows = [_flat(_canonical(trial)) for trial in trials]
+    rows = [_flat(canonical(trial)) for trial in trials]
     names = sorted({name for row in rows for name in row})
     metrics = {name for name in names if name.startswith("metric.")}
     metrics.update(f"metric.{name}" for name in CORE_METRICS)
@@ -509,7 +311,7 @@ def _trials_table(trials: Sequence[TrialRecord]) -> pa.Table:
 def _flat(trial: TrialRecord) -> dict[str, Any]:
     """One row of trials.parquet. A name that is absent is null there."""
     row = {name: getattr(trial, name) for name in {**_IDENTITY, **_COUNTS, **_COSTS}}
-    row["config"] = _json(trial.config)
+    row["config"] = json_text(trial.config)
     row["started_at"], row["ended_at"] = (
         round(moment * 1000) for moment in (trial.started_at, trial.ended_at)
     )
@@ -539,7 +341,7 @@ def _is_json(column: pa.Field) -> bool:
 
 def _column(column: pa.Field, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
     if _is_json(column):
-        values = [_json(row[column.name]) if column.name in row else None for row in rows]
+        values = [json_text(row[column.name]) if column.name in row else None for row in rows]
     else:
         values = [row.get(column.name) for row in rows]
     return pa.array(values, column.type)
@@ -577,7 +379,7 @@ def _unflat(row: Mapping[str, Any]) -> TrialRecord:
     plain = {name: row[name] for name in {**_IDENTITY, **_COUNTS, **_COSTS}}
     plain["config"] = json.loads(row["config"])
     plain["started_at"], plain["ended_at"] = row["started_at"] / 1000, row["ended_at"] / 1000
-    return _trial({**plain, "axes": under("axis."), "metrics": under("metric.")})
+    return trial_from({**plain, "axes": under("axis."), "metrics": under("metric.")})
 
 
 def _read_table(path: Path) -> pa.Table:

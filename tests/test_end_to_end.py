@@ -238,7 +238,9 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
 
 def start(sweep: Path, results: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        small_sweep.command(sweep, results, "--set", "distill.training.steps=300"),
+        # Relative, as people type it: the workers run in other folders.
+        small_sweep.command(sweep, Path(results.name), "--set", "distill.training.steps=300"),
+        cwd=results.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -17,7 +17,10 @@ SPEC = {"located", "schema", "settings", "spec", "wording"}
 # Module of orchestrator -> modules of orchestrator it may import.
 ORCHESTRATOR: dict[str, set[str] | str] = {
     "cli": EVERYTHING,
-    "tuning": {"execute", "plan", "space", "spec", "records", "stages", "store", "tracking"},
+    "tuning": {
+        "execute", "jobs", "ledger", "plan", "space", "spec", "records", "store", "tracking",
+    },
+    "jobs": {"plan", "spec", "stages", "store"},
     "execute": {"plan", "stages", "store", "records"},
     "plan": {"stages", "space", "axes", *SPEC},
     "space": {"axes", *SPEC},
@@ -29,6 +32,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "located": set(),
     "stages": set(),
     "store": set(),
+    "ledger": {"records"},
     "records": set(),
     "tracking": {"records"},
     "selection": {"records"},
@@ -36,7 +40,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "figures": {"selection", "records"},
     "report": {"selection", "records", "tables", "figures"},
     "progress": {"selection"},
-}
+}  # fmt: skip
 
 # Module of orchestrator -> modules of trainers it may import.
 TRAINERS = {

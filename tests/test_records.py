@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.ledger import Ledger
 from orchestrator.records import (
     SCHEMA_VERSION,
     CurvePoint,
     ItemRecord,
-    Ledger,
     Records,
     StageRecord,
     TrialRecord,

@@ -12,7 +12,8 @@ import made_up
 import pytest
 
 from orchestrator import tables
-from orchestrator.records import Ledger, Records, read_parquet, write_parquet
+from orchestrator.ledger import Ledger
+from orchestrator.records import Records, read_parquet, write_parquet
 from orchestrator.selection import rank
 from orchestrator.tables import Column, Table
 

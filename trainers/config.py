@@ -127,6 +127,9 @@ class LlamaShape(Frozen):
     num_key_value_heads: int = Field(gt=0)
     tie_word_embeddings: bool = True
     initializer_range: float = Field(default=0.02, gt=0)
+    scale_residual_init: bool = False
+    """Divide the initial weights that write into the residual stream by the square root of how many
+    there are, 2 a layer (Radford et al. 2019, section 2.3)."""
     max_position_embeddings: int = Field(default=2048, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=0)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainers import corpus, engine, shell
 from trainers.checkpoints import DTYPES, final_hidden, new_model, output_head, save_model
-from trainers.config import PretrainConfig
+from trainers.config import LlamaShape, PretrainConfig
 from trainers.contract import StageContext, StageResult
 from trainers.losses import chunked, cross_entropy
 from trainers.shapes import llama_config, shape_of
@@ -33,6 +36,15 @@ class LanguageModelling(nn.Module):
         return total / labels.numel()
 
 
+def _initialised(shape: LlamaShape, settings: dict[str, Any], seed: int) -> PreTrainedModel:
+    model = new_model(settings, seed)
+    if shape.scale_residual_init:
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.data /= math.sqrt(2 * shape.num_hidden_layers)
+    return model
+
+
 def run(context: StageContext[PretrainConfig]) -> StageResult:
     """Train from random weights and leave a plain checkpoint with its tokenizer."""
     config = context.config
@@ -45,7 +57,8 @@ def run(context: StageContext[PretrainConfig]) -> StageResult:
     folder = context.out / "model"
     tokenizer.save_pretrained(folder)
     blocks = corpus.blocks(config.corpus, folder, "training")
-    model = new_model(settings, context.seed).to(DTYPES[config.training.precision]).train()
+    model = _initialised(config.shape, settings, context.seed)
+    model = model.to(DTYPES[config.training.precision]).train()
     trained = engine.train(
         LanguageModelling(model),
         blocks,

@@ -108,7 +108,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 def llama_config(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
     """The Hugging Face config of a random-weight Llama."""
-    return {"model_type": "llama", "vocab_size": vocab_size, **shape.model_dump()}
+    sizes = shape.model_dump(exclude={"scale_residual_init"})
+    return {"model_type": "llama", "vocab_size": vocab_size, **sizes}
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:

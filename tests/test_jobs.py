@@ -6,11 +6,11 @@ from pathlib import Path
 
 import small_sweep
 
+from orchestrator.jobs import Job, JobQueue, make_jobs
 from orchestrator.plan import plan_sweep
 from orchestrator.space import enumerate_trials
 from orchestrator.spec import Sweep, load
 from orchestrator.store import Store
-from orchestrator.tuning import Job, JobQueue, make_jobs
 
 
 def jobs_of(folder: Path, finished: set[str] | None = None) -> tuple[Sweep, list[Job]]:

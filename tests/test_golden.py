@@ -1,0 +1,118 @@
+"""What each stage computes, held against numbers kept with the stage's version.
+
+Artifacts of an older version are reused as long as the version stays: if this test fails because a
+stage now computes something else, raise its version in `orchestrator/stages.py` and run
+`python tests/test_golden.py` to keep the new numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.stages import STAGES
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+def computed(folder: Path) -> dict[str, dict[str, float]]:
+    """A few numbers from every stage, run one after the other on the smallest of models."""
+    from trainers import acquire, distill, evaluate, importance, pretrain, prune
+    from trainers.config import (
+        AcquireConfig,
+        ByScore,
+        DistillConfig,
+        EvaluateConfig,
+        FolderModel,
+        GeneratedCorpus,
+        GeneratedTask,
+        ImportanceConfig,
+        LlamaShape,
+        Perplexity,
+        PretrainConfig,
+        PruneConfig,
+        Training,
+    )
+    from trainers.contract import StageContext, StageResult
+
+    corpus = GeneratedCorpus(
+        block_length=24, training_blocks=64, calibration_blocks=4, heldout_blocks=4
+    )
+    training = Training(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2)
+    shape = LlamaShape(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.12,
+    )
+
+    def run(
+        stage: Callable[[Any], StageResult], config: Any, **inputs: Path
+    ) -> tuple[Path, dict[str, float]]:
+        out = folder / type(config).__name__
+        out.mkdir()
+        result = stage(StageContext(config, inputs, out, seed=1))
+        return out, dict(result.metrics) | {"tokens": result.tokens, "flops": result.flops}
+
+    found: dict[str, dict[str, float]] = {}
+    source, found["pretrain"] = run(
+        pretrain.run, PretrainConfig(shape=shape, corpus=corpus, training=training)
+    )
+    held = FolderModel(path=source / "model")
+    _, found["acquire"] = run(acquire.run, AcquireConfig(source=held))
+    scored, found["importance"] = run(
+        importance.run,
+        ImportanceConfig(criterion=Perplexity(samples=4), corpus=corpus, block_lengths=(1, 2)),
+        model=source,
+    )
+    for row in map(json.loads, (scored / "scores.jsonl").read_text().splitlines()):
+        found["importance"][f"{row['name']} {row['block_length']} {row['last']}"] = row["value"]
+    pruned, found["prune"] = run(
+        prune.run,
+        PruneConfig(num_hidden_layers=2, choice=ByScore()),
+        model=source,
+        importance=scored,
+    )
+    for number, layer in enumerate(json.loads((pruned / "dropped_layers.json").read_text())):
+        found["prune"][f"dropped {number}"] = layer
+    student, found["distill"] = run(
+        distill.run, DistillConfig(corpus=corpus, training=training), model=pruned, teacher=source
+    )
+    tasks = (GeneratedTask(name="agreement", limit=20),)
+    _, found["evaluate"] = run(
+        evaluate.run, EvaluateConfig(corpus=corpus, tasks=tasks), model=student, teacher=source
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def now(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    return computed(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("kind", sorted(STAGES))
+def test_a_stage_computes_what_its_version_stands_for(
+    now: dict[str, dict[str, float]], kind: str
+) -> None:
+    kept = json.loads(GOLDEN.read_text())[kind]
+    assert kept["version"] == STAGES[kind].version, "run `python tests/test_golden.py`"
+    # Kernels differ between processors in the last bits, which training carries on.
+    assert now[kind] == pytest.approx(kept["values"], rel=1e-3, abs=1e-3), (
+        f"{kind} computes something else: raise its version in orchestrator/stages.py"
+    )
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        values = computed(Path(scratch))
+    golden = {k: {"version": STAGES[k].version, "values": values[k]} for k in sorted(STAGES)}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    sys.stdout.write(f"written: {GOLDEN}\n")
