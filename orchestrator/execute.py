@@ -23,7 +23,7 @@ from orchestrator.records import (
 from orchestrator.stages import STAGES
 from orchestrator.store import Manifest, Store
 from trainers.config import for_record
-from trainers.contract import Interrupted, Runtime, StageContext, StageResult
+from trainers.contract import Interrupted, Runtime, StageContext, StageResult, read_rows
 
 Sink = Callable[[str, int, int, Mapping[str, float]], None]
 """Hears (stage kind, done, total, values) while a stage runs; raises `Interrupted` to stop it."""
@@ -266,12 +266,12 @@ def _metrics(manifests: Mapping[str, Manifest]) -> dict[str, float]:
 def _curves(plan: TrialPlan, store: Store) -> tuple[CurvePoint, ...]:
     if "distill" not in plan.steps:
         return ()
-    rows = _rows(store.path(plan.steps["distill"].stage_id) / "curve.jsonl")
+    rows = read_rows(store.path(plan.steps["distill"].stage_id) / "curve.jsonl")
     return tuple(CurvePoint(trial_id=plan.trial.trial_id, **row) for row in rows)
 
 
 def _items(plan: TrialPlan, store: Store) -> tuple[ItemRecord, ...]:
-    rows = _rows(store.path(plan.steps["after"].stage_id) / "items.jsonl")
+    rows = read_rows(store.path(plan.steps["after"].stage_id) / "items.jsonl")
     return tuple(ItemRecord(trial_id=plan.trial.trial_id, **row) for row in rows)
 
 
@@ -284,12 +284,8 @@ def _dropped(plan: TrialPlan, store: Store) -> tuple[int, ...] | None:
 
 def block_scores(stage_id: str, store: Store) -> tuple[BlockScore, ...]:
     """The scores that an importance stage left."""
-    rows = _rows(store.path(stage_id) / "scores.jsonl")
+    rows = read_rows(store.path(stage_id) / "scores.jsonl")
     return tuple(BlockScore(stage_id=stage_id, **row) for row in rows)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 __all__ = [

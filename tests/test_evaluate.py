@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from trainers import checkpoints, corpus, evaluate
 from trainers.config import EvaluateConfig, GeneratedCorpus, GeneratedTask
-from trainers.contract import StageError
-from trainers.engine import read_jsonl
+from trainers.contract import StageError, read_rows
 from trainers.shapes import shape_of
 from trainers.teacher import LiveTeacher
 
@@ -109,7 +108,7 @@ def test_the_questions_answered_give_the_accuracies(
 ) -> None:
     context = make_context(EvaluateConfig(corpus=CORPUS, tasks=TASKS), model=artifact)
     metrics = evaluate.run(context).metrics
-    rows = read_jsonl(context.out / "items.jsonl")
+    rows = read_rows(context.out / "items.jsonl")
     assert len(rows) == 50
     for name, split in (("accuracy", "select"), ("accuracy_report", "report")):
         means = []

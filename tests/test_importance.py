@@ -22,8 +22,7 @@ from trainers.config import (
     Perplexity,
     TaskAccuracy,
 )
-from trainers.contract import StageError
-from trainers.engine import read_jsonl
+from trainers.contract import StageError, read_rows
 from trainers.evaluate import lm_loss
 
 CORPUS = GeneratedCorpus(block_length=16, training_blocks=4, calibration_blocks=11)
@@ -60,7 +59,7 @@ def without_layers(model: PreTrainedModel, first: int, length: int) -> PreTraine
 
 def scores(out: Path, name: str = "importance") -> dict[tuple[int, int], float]:
     """(block length, last layer) -> value."""
-    rows = read_jsonl(out / "scores.jsonl")
+    rows = read_rows(out / "scores.jsonl")
     return {(row["block_length"], row["last"]): row["value"] for row in rows if row["name"] == name}
 
 

@@ -6,7 +6,6 @@ module that takes a batch of token ids and returns its mean loss.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,7 +22,14 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from trainers import corpus
 from trainers.config import Training
-from trainers.contract import Interrupted, Reporter, Runtime, StageError
+from trainers.contract import (
+    Interrupted,
+    Reporter,
+    Runtime,
+    StageError,
+    read_rows,
+    write_rows,
+)
 
 # DeepSpeed compiles a small op with ninja, which pip puts beside the interpreter: on the PATH of
 # an activated environment, but not where the console script is called by its path.
@@ -76,21 +82,28 @@ def train(
     loss that is not finite, keeping the last good checkpoint.
     """
     run = _Run(objective, blocks_NL, training, seed, out)
+    try:
+        _train_to_the_end(run, training.steps, reporter, runtime)
+        return run.finish()
+    finally:
+        run.free()  # a worker lives on after a stage that fails
+
+
+def _train_to_the_end(run: _Run, steps: int, reporter: Reporter, runtime: Runtime) -> None:
     saved_at = started_at = time.monotonic()
     first = run.step
-    while run.step < training.steps:
+    while run.step < steps:
         loss = run.advance()
         now = time.monotonic()
         speed = (run.step - first) * run.tokens_per_step / max(now - started_at, 1e-9)
         try:
-            reporter.report(run.step, training.steps, {"loss": loss, "tokens_per_s": speed})
+            reporter.report(run.step, steps, {"loss": loss, "tokens_per_s": speed})
         except (Interrupted, KeyboardInterrupt, SystemExit):
             run.save()
             raise
-        if now - saved_at > runtime.checkpoint_every_s and run.step < training.steps:
+        if now - saved_at > runtime.checkpoint_every_s and run.step < steps:
             run.save()
             saved_at = time.monotonic()
-    return run.finish()
 
 
 class _Run:
@@ -140,11 +153,14 @@ class _Run:
                 shutil.rmtree(old)
 
     def finish(self) -> Trained:
-        """Close the curve, drop the checkpoints and free the engine."""
+        """Close the curve and drop the checkpoints: the stage is done."""
         self._curve.flush()
-        self._engine.destroy()
         shutil.rmtree(self._checkpoints, ignore_errors=True)
         return Trained(self.step, self.step * self.tokens_per_step, self._curve.last_loss)
+
+    def free(self) -> None:
+        """Give back the memory of the engine and its optimizer."""
+        self._engine.destroy()
 
 
 def _start_engine(objective: nn.Module, training: Training, micro_batch_size: int) -> Any:
@@ -208,7 +224,7 @@ class _Curve:
         self._every = max(1, steps // CURVE_POINTS)
         self._steps = steps
         self.since = since
-        self._rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        self._rows = [row for row in read_rows(path) if row["step"] <= step]
         self.last_loss = next(
             (row["value"] for row in reversed(self._rows) if row["name"] == "loss"), math.nan
         )
@@ -224,16 +240,4 @@ class _Curve:
         self._rows.append({**stamp, "name": "learning_rate", "value": learning_rate})
 
     def flush(self) -> None:
-        write_jsonl(self._path, self._rows)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows whole: beside, then moved into place."""
-    beside = path.with_suffix(".part")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    beside.replace(path)
+        write_rows(self._path, self._rows)

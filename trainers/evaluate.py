@@ -19,8 +19,7 @@ from trainers.checkpoints import (
     read_config,
 )
 from trainers.config import EvaluateConfig
-from trainers.contract import StageContext, StageError, StageResult
-from trainers.engine import write_jsonl
+from trainers.contract import StageContext, StageError, StageResult, write_rows
 from trainers.losses import cross_entropy, forward_kl
 from trainers.shapes import shape_of
 from trainers.teacher import LiveTeacher
@@ -120,7 +119,7 @@ def _accuracies(
     from trainers import questions  # the harness takes seconds to import
 
     answers = questions.ask(model, load_tokenizer(folder), context.config.tasks, progress)
-    write_jsonl(context.out / "items.jsonl", [answer.row() for answer in answers])
+    write_rows(context.out / "items.jsonl", [answer.row() for answer in answers])
     select, report = (questions.accuracies(answers, half) for half in ("select", "report"))
     return {f"accuracy.{task}": value for task, value in select.items()} | {
         f"accuracy_report.{task}": value for task, value in report.items()

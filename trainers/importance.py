@@ -25,8 +25,7 @@ from trainers.config import (
     Perplexity,
     TaskAccuracy,
 )
-from trainers.contract import StageContext, StageError, StageResult
-from trainers.engine import write_jsonl
+from trainers.contract import StageContext, StageError, StageResult, write_rows
 from trainers.evaluate import BLOCKS_A_BATCH, lm_loss
 from trainers.families import family_of
 from trainers.shapes import shape_of
@@ -153,7 +152,7 @@ def run(context: StageContext[ImportanceConfig]) -> StageResult:
             rows = _leave_out(context, model, _accuracy(tasks, load_tokenizer(folder)))
             passes, tokens = _passes(count, config), 0
     _check(rows)
-    write_jsonl(context.out / "scores.jsonl", rows)
+    write_rows(context.out / "scores.jsonl", rows)
     flops = shape_of(read_config(folder)).forward_flops(tokens * passes, blocks.shape[1])
     return StageResult({}, tokens * passes, flops)
 

@@ -35,6 +35,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from trainers.tasks import choices_task
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -480,33 +482,6 @@ def questions(language_seed: int, ability: Ability, limit: int) -> list[dict[str
 # --- task files ------------------------------------------------------------------------------
 
 
-def task_yaml(
-    name: str, questions_file: Path, *, shots: int = 0, metric: str = "acc"
-) -> dict[str, Any]:
-    """An lm-evaluation-harness task over a JSON-lines file of `query`, `choices` and `gold`.
-
-    The delimiter between query and choice is one space, which belongs to the choice, as
-    subword tokenizers want it and word-level ones ignore. An empty query is scored after the
-    tokenizer's BOS or, without one, EOS token.
-    """
-    # A task that says 0 shots itself would be deaf to `lm_eval --num_fewshot`.
-    examples = {"num_fewshot": shots} if shots else {}
-    return examples | {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(questions_file.resolve())}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "fewshot_split": "test",
-        "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "target_delimiter": " ",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-
-
 def write_questions(path: Path, items: Sequence[dict[str, Any]]) -> None:
     """One question a line, as JSON."""
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
@@ -523,7 +498,7 @@ def write_tasks(folder: Path, language_seed: int = 0, limit: int = 400) -> list[
         file = folder / f"{name}.jsonl"
         write_questions(file, questions(language_seed, ability, limit))
         (folder / f"{name}.yaml").write_text(
-            yaml.safe_dump(task_yaml(name, file), sort_keys=False), encoding="utf-8"
+            yaml.safe_dump(choices_task(name, file), sort_keys=False), encoding="utf-8"
         )
     return names
 

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from trainers import shell
 from trainers.checkpoints import load_tokenizer, new_model, read_config, save_model
 from trainers.config import AtRandom, ByList, ByScore, PruneConfig
-from trainers.contract import StageContext, StageError, StageResult
-from trainers.engine import read_jsonl
+from trainers.contract import StageContext, StageError, StageResult, read_rows
 from trainers.families import family_of
 
 WEIGHTS = "model.safetensors"
@@ -158,7 +157,7 @@ def read_scores(artifact: Path) -> dict[tuple[int, int], float]:
     """(block length, last layer) -> importance, from an artifact of the stage `importance`."""
     return {
         (row["block_length"], row["last"]): row["value"]
-        for row in read_jsonl(artifact / "scores.jsonl")
+        for row in read_rows(artifact / "scores.jsonl")
         if row["name"] == "importance"
     }
 

@@ -38,6 +38,7 @@ from trainers.config import (
     hash_of,
 )
 from trainers.contract import StageError
+from trainers.tasks import choices_task, partial_task
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -137,7 +138,8 @@ def harness_task(task: Task) -> Any:
     """The harness' task, with its questions in memory. Raises `StageError` where they are not to
     be had."""
     try:
-        found = _index(task).load([_prepared(task)])
+        with tempfile.TemporaryDirectory(prefix="questions-") as scratch:
+            found = _index(task).load([_prepared(task, Path(scratch))])
     except (ConnectionError, OSError) as error:
         raise StageError(f"cannot get the questions of task {task.name}: {error}") from error
     for each in found["tasks"].values():
@@ -145,20 +147,20 @@ def harness_task(task: Task) -> Any:
     return found
 
 
-def _prepared(task: Task) -> str | dict[str, Any]:
+def _prepared(task: Task, scratch: Path) -> str | dict[str, Any]:
     """The task as the harness takes it: a name it knows, or a whole description."""
     match task:
         case HarnessTask():
             return task.name
         case PartialTask():
-            return _partial(task.name, task.path)
+            return partial_task(task.name, task.path)
         case ChoicesTask():
-            return _choices(task.name, task.path, task.prompt)
+            return choices_task(task.name, task.path, task.prompt)
         case GeneratedTask():
-            path = Path(tempfile.mkdtemp(prefix="questions-")) / f"{task.name}.jsonl"
+            path = scratch / f"{task.name}.jsonl"
             rows = language.questions(task.language_seed, task.name, task.limit)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return _choices(task.name, path, "{{query}}")
+            language.write_questions(path, rows)
+            return choices_task(task.name, path, "{{query}}")
 
 
 def _index(task: Task) -> TaskManager:
@@ -169,40 +171,6 @@ def _index(task: Task) -> TaskManager:
 @lru_cache(maxsize=2)
 def _task_manager(include_defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=include_defaults)
-
-
-def _choices(name: str, path: Path, prompt: str) -> dict[str, Any]:
-    """A harness task over a local file of multiple-choice questions."""
-    fields = {"doc_to_text": prompt, "doc_to_choice": "choices", "doc_to_target": "gold"}
-    return _local(name, path, ("acc", "acc_norm")) | fields
-
-
-def _partial(name: str, path: Path) -> dict[str, Any]:
-    """A harness task over a local file of contexts to choose from."""
-    fields = {
-        "doc_to_text": "gold",
-        "doc_to_choice": "context_options",
-        "doc_to_target": "continuation",
-    }
-    return _local(name, path, ("acc",)) | fields
-
-
-def _local(name: str, path: Path, metrics: Sequence[str]) -> dict[str, Any]:
-    """What harness tasks over local JSON-lines files have in common; they need no network."""
-    return {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
-        "test_split": "test",
-        # Named, lest a question be shown with its answer among its own examples.
-        "fewshot_split": "test",
-        "output_type": "multiple_choice",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in metrics
-        ],
-        "metadata": {"version": 1},
-    }
 
 
 # --- scoring ---------------------------------------------------------------------------------
