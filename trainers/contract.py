@@ -49,6 +49,18 @@ class Silent:
         """Nothing."""
 
 
+class Ticker:
+    """Counts units that come in bunches, and reports how many of `total` are done."""
+
+    def __init__(self, reporter: Reporter, total: int) -> None:
+        self._reporter, self._total, self._done = reporter, total, 0
+
+    def __call__(self, units: int) -> None:
+        """So many more are done."""
+        self._done += units
+        self._reporter.report(self._done, self._total, {})
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Facts of the machine at hand; they change how fast a stage is, never what it computes."""

@@ -19,7 +19,7 @@ from trainers.checkpoints import (
     read_config,
 )
 from trainers.config import EvaluateConfig
-from trainers.contract import StageContext, StageError, StageResult, write_rows
+from trainers.contract import StageContext, StageError, StageResult, Ticker, write_rows
 from trainers.losses import cross_entropy, forward_kl
 from trainers.shapes import shape_of
 from trainers.teacher import LiveTeacher
@@ -85,14 +85,8 @@ def run(context: StageContext[EvaluateConfig]) -> StageResult:
     model = load_model(folder, config.precision)
     teacher = _teacher(context)
     blocks = corpus.blocks(config.corpus, folder, "heldout")
-    units = len(blocks) + len(config.tasks) * len(blocks)
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        context.reporter.report(done, units, {})
-
+    # The questions of a task count as much as all the blocks: no one knows before how long.
+    tick = Ticker(context.reporter, len(blocks) * (1 + len(config.tasks)))
     loss, divergence = held_out_losses(model, blocks, teacher, tick)
     if not math.isfinite(loss):
         raise StageError(f"the held-out loss is {loss}")

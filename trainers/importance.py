@@ -25,7 +25,7 @@ from trainers.config import (
     Perplexity,
     TaskAccuracy,
 )
-from trainers.contract import StageContext, StageError, StageResult, write_rows
+from trainers.contract import StageContext, StageError, StageResult, Ticker, write_rows
 from trainers.evaluate import BLOCKS_A_BATCH, lm_loss
 from trainers.families import family_of
 from trainers.shapes import shape_of
@@ -130,31 +130,30 @@ def run(context: StageContext[ImportanceConfig]) -> StageResult:
     blocks = corpus.blocks(config.corpus, folder, "calibration")
     match config.criterion:
         case BlockInfluence(samples=samples):
-            total = len(blocks[:samples])
-            done = 0
-
-            def tick(count: int) -> None:
-                nonlocal done
-                done += count
-                context.reporter.report(done, total, {})
-
-            found = block_influence(model, blocks[:samples], config.block_lengths, tick)
-            rows = [
-                _row("block_influence", first, length, name, value)
-                for (first, length), value in found.items()
-                for name in ("block_influence", "importance")
-            ]
-            passes, tokens = 1, blocks[:samples].numel()
+            rows = _influences(context, model, blocks[:samples])
+            tokens = blocks[:samples].numel()
         case Perplexity(samples=samples):
             rows = _leave_out(context, model, lambda m: {"lm_loss": lm_loss(m, blocks[:samples])})
-            passes, tokens = _passes(count, config), blocks[:samples].numel()
+            tokens = _passes(count, config) * blocks[:samples].numel()
         case TaskAccuracy(tasks=tasks):
             rows = _leave_out(context, model, _accuracy(tasks, load_tokenizer(folder)))
-            passes, tokens = _passes(count, config), 0
+            tokens = 0
     _check(rows)
     write_rows(context.out / "scores.jsonl", rows)
-    flops = shape_of(read_config(folder)).forward_flops(tokens * passes, blocks.shape[1])
-    return StageResult({}, tokens * passes, flops)
+    flops = shape_of(read_config(folder)).forward_flops(tokens, blocks.shape[1])
+    return StageResult({}, tokens, flops)
+
+
+def _influences(
+    context: StageContext[ImportanceConfig], model: PreTrainedModel, blocks_NL: Tensor
+) -> list[dict[str, Any]]:
+    tick = Ticker(context.reporter, len(blocks_NL))
+    found = block_influence(model, blocks_NL, context.config.block_lengths, tick)
+    return [
+        _row("block_influence", first, length, name, value)
+        for (first, length), value in found.items()
+        for name in ("block_influence", "importance")
+    ]
 
 
 def _passes(count: int, config: ImportanceConfig) -> int:

@@ -1,0 +1,65 @@
+"""What is committed under results/published: whole, small, and saying what the README says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator import selection, tables
+from orchestrator.records import Records, read_parquet
+
+PUBLISHED = Path(__file__).parent.parent / "results" / "published"
+FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/*/trials.parquet"))
+
+
+def named(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Records:
+    return read_parquet(PUBLISHED / "depth_ablation" / "tiny")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_published_results_are_whole_and_small(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"sweep.yaml", "trials.parquet", "items.parquet", "report.html", "best.json"}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in {".safetensors", ".bin", ".pt", ".db"}]
+    assert sum(path.stat().st_size for path in files) < 5e6
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_published_results_name_no_path_of_the_machine_they_were_made_on(folder: Path) -> None:
+    for trial in read_parquet(folder).trials:
+        assert '"/' not in str(trial.config).replace("'", '"')
+    for file in ("sweep.yaml", "report.html", "best.json"):
+        text = (folder / file).read_text()
+        assert str(Path.home()) not in text and str(PUBLISHED.parents[1]) not in text
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_published_tables_come_out_of_the_parquet_files_byte_for_byte(
+    folder: Path, tmp_path: Path
+) -> None:
+    records = read_parquet(folder)
+    tables.write(tables.all_tables(records, selection.rank(records)), tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (folder / "tables" / file.name).read_bytes()
+
+
+def test_the_tiny_teacher_knows_its_language(tiny: Records) -> None:
+    teacher = next(trial for trial in tiny.trials if trial.baseline == "teacher")
+    assert (teacher.metrics["accuracy.mean"] or 0) >= 0.9
+
+
+def test_the_best_and_the_worst_way_to_prune_differ_by_more_than_their_intervals(
+    tiny: Records,
+) -> None:
+    ranking = selection.rank(tiny)
+    assert ranking is not None
+    best, worst = ranking.configurations[0].estimate, ranking.configurations[-1].estimate
+    assert best.low is not None and worst.high is not None
+    assert best.low > worst.high
