@@ -25,8 +25,11 @@ from orchestrator.spec import SpecError, Sweep, load
 from orchestrator.store import Lease, LeaseHeldError, Store
 
 if TYPE_CHECKING:
+    from orchestrator.jobs import Job
+    from orchestrator.ledger import Ledger
     from orchestrator.records import Records
     from orchestrator.selection import Ranking
+    from orchestrator.tracking import Mirror
     from orchestrator.tuning import Place
 
 INVALID, FAILED, INTERRUPTED = 2, 1, 130
@@ -242,7 +245,9 @@ def _run(
     _greet(sweep, planned, len(order) - sum(not job.shared for job in jobs))
     interrupted = False
     if jobs:
-        interrupted = _run_jobs(jobs, place, ledger, mirror, sweep, address, max_concurrent)
+        interrupted = _run_jobs(
+            jobs, planned, place, ledger, mirror, sweep, address, max_concurrent
+        )
     records = ledger.records(sweep.name, sweep.profile, order)
     write_parquet(records, place.folder)
     ranking = _write_report(records, sweep, place.folder, command)
@@ -259,10 +264,11 @@ def _run(
 
 
 def _run_jobs(
-    jobs: Sequence[Any],
+    jobs: Sequence[Job],
+    planned: SweepPlan,
     place: Place,
-    ledger: Any,
-    mirror: Any,
+    ledger: Ledger,
+    mirror: Mirror,
     sweep: Sweep,
     address: str | None,
     max_concurrent: int | None,
@@ -272,7 +278,9 @@ def _run_jobs(
     from orchestrator.progress import Board
 
     titles = {
-        job.job_id: f"{job.nodes[0].kind} (shared)" if job.shared else job.trial.trial.label
+        job.job_id: f"{job.nodes[0].kind} for {planned.asked_by[job.job_id]} trials"
+        if job.shared
+        else job.trial.trial.label
         for job in jobs
     }
     board = Board(out, titles)

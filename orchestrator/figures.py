@@ -116,7 +116,8 @@ def loss_curves(records: Records) -> Drawing | None:
     if not shown:
         return None
     with matplotlib.rc_context(dict(STYLE)):
-        figure = _canvas(4.6 * len(shown), 3.6)
+        legend = 0.2 * min(len(set(labels(records).values())), len(PALETTE))
+        figure = _canvas(4.6 * len(shown), 3.2 + legend / len(shown))
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         many = False
         for axes, name in zip(panels, shown, strict=True):
@@ -125,6 +126,7 @@ def loss_curves(records: Records) -> Drawing | None:
             _draw_lines(axes, lines)
             axes.set_xlabel("tokens trained")
             axes.set_ylabel(CURVES[name])
+            axes.set_yscale("log")  # students start far apart and end close together
             axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         _legend_below(figure, panels[0])
     grey = " Grey: the configurations that ended higher." if many else ""
