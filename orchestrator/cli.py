@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from orchestrator.tuning import Place
 
 INVALID, FAILED, INTERRUPTED = 2, 1, 130
-SMALL_FILES = ("*.parquet", "best.json", "report.html", "tables/*", "figures/*")
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -184,15 +183,16 @@ def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], result
         _refuse(f"{folder}: nothing to publish; run the sweep first")
     target = results / "published" / loaded.name / loaded.profile
     shutil.rmtree(target, ignore_errors=True)
-    files = [file for pattern in SMALL_FILES for file in sorted(folder.glob(pattern))]
-    for file in files:
-        copy = target / file.relative_to(folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+    target.mkdir(parents=True)
+    for file in folder.glob("*.parquet"):
+        shutil.copyfile(file, target / file.name)
+    # All else is made anew from the records, with paths as they are from there.
     ran = load(folder / "sweep.yaml")
     (target / "sweep.yaml").write_text(ran.dump_yaml(relative_to=target.resolve()))
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
-    out.print(f"published {len(files) + 1} files, {size:.1f} MB, to {target}")
+    _write_report(_read(target), ran, target)
+    files = [file for file in target.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
 
 
 @app.command()
@@ -229,7 +229,7 @@ def _run(
     from orchestrator.tuning import Place
 
     place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)
-    (place.folder / "sweep.yaml").write_text(sweep.dump_yaml())
+    (place.folder / "sweep.yaml").write_text(sweep.dump_yaml(relative_to=place.folder))
     ledger = Ledger(place.folder / "ledger.jsonl")
     resolved = (place.folder / "sweep.yaml").read_text()
     mirror = Mirror(

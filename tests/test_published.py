@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def test_published_results_name_no_path_of_the_machine_they_were_made_on(folder:
         assert '"/' not in str(trial.config).replace("'", '"')
     for file in ("sweep.yaml", "report.html", "best.json"):
         text = (folder / file).read_text()
-        assert str(Path.home()) not in text and str(PUBLISHED.parents[1]) not in text
+        assert not re.search(r": /\w", text), "an absolute path"
+        assert str(PUBLISHED.parents[1]) not in text
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=named)
