@@ -255,7 +255,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tmp_path: 
     working = rough / "artifacts" / ".working"
 
     def distilling() -> bool:
-        return any(working.glob("distill-*/checkpoints/latest"))
+        return any(working.glob("distill-*/checkpoints/whole"))
 
     first = start(sweep, rough)
     until(distilling, first)
@@ -285,3 +285,31 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tmp_path: 
     assert set(ran.values()) == {1}
     curves = rows(folder, "curves")
     assert len(curves) == len({(c["trial_id"], c["step"], c["name"]) for c in curves})
+
+
+def test_a_worker_that_dies_costs_its_trial_alone_and_the_next_start_makes_up_for_it(
+    finished: Finished, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    # The teacher and the importance scores are there; only the students have to be made.
+    shutil.copytree(finished.results / "artifacts", results / "artifacts")
+    process = start(finished.sweep, results)
+    working = results / "artifacts" / ".working"
+    until(lambda: any(working.glob("distill-*/checkpoints/whole")), process)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(True)
+        if "ray::ImplicitFunc" in " ".join(child.cmdline())
+    ]
+    max(workers, key=lambda worker: worker.cpu_times().user).kill()
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, out
+    trials = rows(results / "small" / "micro", "trials")
+    failed = [trial for trial in trials if trial["status"] == "failed"]
+    assert len(trials) == TRIALS and len(failed) == 1
+    assert "the worker died" in failed[0]["reason"]
+
+    again = start(finished.sweep, results)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert {t["status"] for t in rows(results / "small" / "micro", "trials")} == {"completed"}

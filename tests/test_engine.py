@@ -279,7 +279,7 @@ def test_a_killed_run_repeats_only_the_step_after_its_last_checkpoint(tmp_path: 
 def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Bigram(), settings_of(), tmp_path / "out", StopAt(4, Interrupted()))
-    # A kill during a save leaves a folder that `latest` does not name yet.
+    # A kill during a save leaves a folder that `whole` does not name yet.
     torn = tmp_path / "out" / "checkpoints" / "step5"
     torn.mkdir()
     (torn / "mp_rank_00_model_states.pt").write_bytes(b"half of")
@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_a_number_stops_the_stage_and_names_the_step(
 ) -> None:
     with pytest.raises(StageError, match=r"nan at step 3$"):
         train(NanAt(call), settings_of(micro_batch_size=micro), tmp_path, None, ALWAYS)
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step2"
+    assert (tmp_path / "checkpoints" / "whole").read_text() == "step2"
 
 
 class Drift(nn.Module):

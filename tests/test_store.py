@@ -79,10 +79,10 @@ def test_a_damaged_artifact_counts_as_absent_and_can_be_built_again(
 
 def test_work_left_by_a_kill_is_still_there(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    checkpoint = store.working_folder("distill-1") / "checkpoints" / "latest"
+    checkpoint = store.working_folder("distill-1") / "checkpoints" / "whole"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("step5")
-    assert Store(tmp_path).working_folder("distill-1").joinpath("checkpoints/latest").exists()
+    assert Store(tmp_path).working_folder("distill-1").joinpath("checkpoints/whole").exists()
 
 
 def test_only_one_of_many_threads_holds_a_lease(tmp_path: Path) -> None:

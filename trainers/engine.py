@@ -119,8 +119,9 @@ class _Run:
         self.step = 0
         since: list[float] = []
         self.tokens_per_step = training.batch_size * blocks_NL.shape[1]
-        if (self._checkpoints / "latest").exists():
-            _, state = self._engine.load_checkpoint(str(self._checkpoints))
+        self._whole = self._checkpoints / "whole"
+        if self._whole.exists():
+            _, state = self._engine.load_checkpoint(str(self._checkpoints), self._whole.read_text())
             self.step, since = state["step"], state.get("since", [])
         self._curve = _Curve(out / "curve.jsonl", self.step, training.steps, since)
 
@@ -144,12 +145,18 @@ class _Run:
     def save(self) -> None:
         """A checkpoint of this step; the one before is removed only after this one is whole."""
         self._curve.flush()
+        tag = f"step{self.step}"
         state = {"step": self.step, "since": list(self._curve.since)}
+        # DeepSpeed writes the name of its latest checkpoint in place, so that a kill can leave the
+        # name empty. Ours appears whole, and only after what it names.
         self._engine.save_checkpoint(
-            str(self._checkpoints), tag=f"step{self.step}", client_state=state
+            str(self._checkpoints), tag=tag, client_state=state, save_latest=False
         )
+        beside = self._whole.with_suffix(".part")
+        beside.write_text(tag)
+        beside.replace(self._whole)
         for old in self._checkpoints.glob("step*"):
-            if old.name != f"step{self.step}":
+            if old.name != tag:
                 shutil.rmtree(old)
 
     def finish(self) -> Trained:
