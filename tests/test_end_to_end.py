@@ -148,10 +148,7 @@ def test_mlflow_shows_one_parent_and_a_child_for_each_trial(finished: Finished) 
     children = {run.info.run_id: run for run in runs if "mlflow.parentRunId" in run.data.tags}
     assert len(parents) == 1
     assert len(children) == TRIALS
-    assert (
-        "wins" in parents[0].data.tags["mlflow.note.content"]
-        or "|" in (parents[0].data.tags["mlflow.note.content"])
-    )
+    assert "| rank |" in parents[0].data.tags["mlflow.note.content"]
     for trial in rows(finished.folder, "trials"):
         shown = children[trial["mlflow_run_id"]].data.metrics
         for name, value in trial.items():
