@@ -38,18 +38,6 @@ class _StageReporter:
         self.sink(self.kind, done, total, values)
 
 
-def run_stages(
-    nodes: Sequence[StageNode],
-    store: Store,
-    trial_id: str,
-    requested_by: str,
-    sink: Sink,
-    runtime: Runtime,
-) -> list[StageRecord]:
-    """Run each stage whose artifact is not there yet, in order; a record for each."""
-    return [run_stage(node, store, trial_id, requested_by, sink, runtime) for node in nodes]
-
-
 def run_stage(
     node: StageNode,
     store: Store,
@@ -296,6 +284,5 @@ __all__ = [
     "collect",
     "failed_trial",
     "run_stage",
-    "run_stages",
     "stage_record",
 ]
