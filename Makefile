@@ -4,10 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check smollm2 clean
+# Every sweep; `make sweeps` runs them one after the other, and what they share only once.
+SWEEPS := depth_ablation width_vs_depth importance_aggregation importance_iterations target_sizes \
+	candidates chain closest_source initialisation
+PROFILE ?= tiny
+
+.PHONY: run sweeps publish test check smollm2 clean
 
 run: $(STAMP)  ## prune, distil, measure, choose and report, on the tiny profile
 	$(BIN)/orchestrate sweeps/depth_ablation.yaml --profile tiny
+
+sweeps: $(STAMP)  ## every sweep at PROFILE (tiny), one after the other
+	set -e; for sweep in $(SWEEPS); do \
+		$(BIN)/orchestrate sweeps/$$sweep.yaml --profile $(PROFILE); done
+
+publish: $(STAMP)  ## copy the small files of every finished sweep to results/published
+	set -e; for sweep in $(SWEEPS); do \
+		$(BIN)/orchestrate publish sweeps/$$sweep.yaml --profile $(PROFILE); done
 
 test: $(STAMP)  ## all tests, slow ones included
 	$(BIN)/python -m pytest

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.asked import BASELINE, GROUPS, RUNG, SEED
+from orchestrator.asked import key_of as key_of
 from orchestrator.located import Node, Part, locate
 from orchestrator.schema import DATA_FOLDER, unknown_setting
 from orchestrator.spec import NAME, SpecError, Sweep, TrialConfig
@@ -18,6 +20,7 @@ TEACHER = "teacher"
 """Name of the baseline that every sweep has: the source model, neither pruned nor distilled."""
 
 MAX_COMBINATIONS = 100_000
+RANGE = ("from", "to", "step")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Grid:
 
     def node(self, name: str, value: Any) -> Node:
         """A value of an axis with its place; one that is not listed stands at the axis."""
-        listed = (node for node in self.values(name) if key_of(node.plain()) == key_of(value))
+        listed = (node for node in self.values(name) if key_of(node.told()) == key_of(value))
         return next(listed, None) or locate(value, self.by_name[name].place.origin)
 
     def active(self, values: Mapping[str, Node]) -> dict[str, Node]:
@@ -70,7 +73,7 @@ class Grid:
 
         def applies(name: str) -> bool:
             return name in values and all(
-                applies(other) and key_of(values[other].plain()) in allowed
+                applies(other) and key_of(values[other].told()) in allowed
                 for other, allowed in axes[name].when.items()
             )
 
@@ -78,7 +81,7 @@ class Grid:
 
     def excluded(self, values: Mapping[str, Node]) -> str | None:
         """Which exclusion takes these values away, if one does."""
-        keys = {name: key_of(node.plain()) for name, node in values.items()}
+        keys = {name: key_of(node.told()) for name, node in values.items()}
         for exclusion in self.exclusions:
             if all(keys.get(name) in allowed for name, allowed in exclusion.rule.items()):
                 return f"excluded at {exclusion.place.origin}"
@@ -113,6 +116,8 @@ class _Parser:
         self._no_circle(grid)
         self._few_enough(grid)
         self._baselines()
+        self._rungs()
+        self._claims(grid)
         rules = enumerate(self._under("exclude").sequence)
         return replace(grid, exclusions=tuple(self._exclusion(i, n, grid) for i, n in rules))
 
@@ -125,17 +130,68 @@ class _Parser:
     # axes
 
     def _axis(self, name: str, node: Node) -> Axis:
+        if "variants" in node.mapping:
+            return self._variants(name, node)
         self._known(name, "axes", name)
         if not node.mapping:
             rows = self._values(node, ("axes", name))
             return Axis((name,), tuple((each,) for each in rows), node)
+        if "from" in node.mapping:
+            return self._range(name, node)
         for key in node.mapping:
             if key not in ("values", "when"):
-                text = f"unknown key{choices(key, ['values', 'when'])}"
+                text = f"unknown key{choices(key, ['values', 'when', *RANGE, 'variants'])}"
                 self._problem(text, "axes", name, key)
         values = node.child("values") or Node(None, node.origin)
         rows = self._values(values, ("axes", name, "values"))
         return Axis((name,), tuple((each,) for each in rows), node, node.child("when"))
+
+    def _variants(self, name: str, node: Node) -> Axis:
+        """An axis of named groups of settings, laid over the trial's."""
+        parts = ("axes", name)
+        for key in node.mapping:
+            if key not in ("variants", "when"):
+                self._problem(f"unknown key{choices(key, ['variants', 'when'])}", *parts, key)
+        if unknown_setting(TrialConfig, name) is None or not re.fullmatch(NAME, name):
+            text = "an axis of variants needs a name of its own: letters, digits, '_' and '-', and"
+            self._problem(f"{text} not that of a setting", *parts)
+        variants = node.mapping["variants"]
+        if not variants.mapping:
+            self._problem("must map names to settings", *parts, "variants")
+        for variant, settings in variants.mapping.items():
+            if settings.value is not None and not isinstance(settings.value, Mapping):
+                self._problem("must be a mapping of settings", *parts, "variants", variant)
+        named = [
+            replace(s if s.mapping else Node({}, s.origin), name=variant)
+            for variant, s in variants.mapping.items()
+        ]
+        return Axis((name,), tuple((each,) for each in named), node, node.child("when"))
+
+    def _range(self, name: str, node: Node) -> Axis:
+        """An axis written as `{from: 8, to: 32, step: 4}`, both ends included."""
+        parts = ("axes", name)
+        for key in node.mapping:
+            if key not in (*RANGE, "when"):
+                self._problem(f"unknown key{choices(key, [*RANGE, 'when'])}", *parts, key)
+        ends = {key: node.mapping[key].value if key in node.mapping else None for key in RANGE}
+        if ends["step"] is None:
+            ends["step"] = 1
+        numbers = [v for v in ends.values() if isinstance(v, int | float) and v is not True]
+        values: list[int | float] = []
+        if len(numbers) < len(RANGE):
+            self._problem("a range needs the numbers from, to and (unless 1) step", *parts)
+        elif numbers[2] <= 0 or numbers[1] < numbers[0]:
+            self._problem("a range goes up: to is not below from, and step is above 0", *parts)
+        else:
+            count = math.floor((numbers[1] - numbers[0]) / numbers[2] + 1e-9) + 1
+            if count > MAX_COMBINATIONS:
+                self._problem(f"{count} values; at most {MAX_COMBINATIONS} can be tried", *parts)
+                count = 1
+            # Steps of 0.1 do not add up exactly; ten digits are what a person would have written.
+            values = [numbers[0] + i * numbers[2] for i in range(count)]
+            values = [round(v, 10) if isinstance(v, float) else v for v in values]
+        rows = tuple((Node(value, node.origin),) for value in values)
+        return Axis((name,), rows, node, node.child("when"))
 
     def _group(self, index: int, node: Node) -> Axis:
         parts = ("linked", index)
@@ -209,7 +265,7 @@ class _Parser:
             if name == "seed" and seeds:
                 tried: list[Any] = self._seeds
             elif name in grid.by_name:
-                tried = [each.plain() for each in grid.values(name)]
+                tried = [each.told() for each in grid.values(name)]
             else:
                 names = [*grid.by_name, *(["seed"] if seeds else [])]
                 self._problem(f"is not an axis{choices(name, names)}", *parts, name)
@@ -256,7 +312,17 @@ class _Parser:
             self._problem("must be a mapping of axes to values", *parts)
         return Exclusion(self._rule(node, parts, grid, seeds=True), node)
 
-    # baselines
+    # rungs and baselines
+
+    def _rungs(self) -> None:
+        rungs = self._under("scheduler").child("rungs")
+        for index, rung in enumerate(rungs.sequence if rungs else ()):
+            settings = rung.child("set")
+            for name in settings.mapping if settings else ():
+                if name == "seed":
+                    self._problem("seeds cannot change from rung to rung", *_at(index), name)
+                elif trouble := unknown_setting(TrialConfig, name):
+                    self._problem(trouble, *_at(index), name)
 
     def _baselines(self) -> None:
         for name, node in self._under("baselines").mapping.items():
@@ -269,20 +335,50 @@ class _Parser:
                 if key in ("seed", DATA_FOLDER):
                     self._problem("is the same for all trials; it cannot differ here", *parts, key)
 
+    # claims
 
-def key_of(value: Any) -> str:
-    """One text for values that mean the same: 1 and 1.0, a variant and its name alone."""
-    if isinstance(value, str):
-        value = {"kind": value}
-    return json.dumps(_canonical(value), sort_keys=True)
+    def _claims(self, grid: Grid) -> None:
+        among = self._under("select").child("among")
+        for name, wanted in (among.mapping if among else {}).items():
+            self._claimed(name, wanted, grid, ("select", "among", name))
+        for index, claim in enumerate(self._under("claims").sequence):
+            groups = {key: node for key, node in claim.mapping.items() if key in GROUPS}
+            for key, group in groups.items():
+                for name, wanted in group.mapping.items():
+                    self._claimed(name, wanted, grid, ("claims", index, key, name))
+
+    def _claimed(self, name: str, wanted: Node, grid: Grid, parts: tuple[Part, ...]) -> None:
+        """One entry of a group of a claim."""
+        if name == BASELINE:
+            self._claimed_baselines(wanted, parts)
+        elif name in grid.by_name or name == SEED:
+            # A sweep that was written with its results may be a narrowed one.
+            if self._tree.child("merged") is None:
+                seeds: list[Any] = self._seeds
+                tried = seeds if name == SEED else [node.told() for node in grid.values(name)]
+                self._meant(wanted, tried, parts)
+        elif name == RUNG and self._rung_names():
+            self._meant(wanted, self._rung_names(), parts)
+        else:
+            names = [*grid.by_name, SEED, BASELINE, *([RUNG] if self._rung_names() else [])]
+            self._problem(f"is not an axis{choices(name, names)}", *parts)
+
+    def _claimed_baselines(self, wanted: Node, parts: tuple[Part, ...]) -> None:
+        names = [TEACHER, *self._under("baselines").mapping]
+        for node in wanted.sequence or (wanted,):
+            if node.value not in names:
+                text = f"there is no baseline {shown(node.plain())}"
+                self._problem(f"{text}{choices(str(node.value), names)}", *parts)
+
+    def _rung_names(self) -> list[Any]:
+        """What the axis `rung` takes, which a race has without listing it."""
+        rungs = self._under("scheduler").child("rungs")
+        named = [rung.child("name") for rung in (rungs.sequence if rungs else ())]
+        return [name.value for name in named if name is not None]
 
 
-def _canonical(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _canonical(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(each) for each in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _at(rung: int) -> tuple[Part, ...]:
+    return ("scheduler", "rungs", rung, "set")
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from orchestrator import plan as planning
 from orchestrator.plan import SweepPlan
+from orchestrator.race import settled
 from orchestrator.space import enumerate_trials
 from orchestrator.spec import SpecError, Sweep, load
 from orchestrator.store import Lease, LeaseHeldError, Store
@@ -27,12 +28,14 @@ from orchestrator.store import Lease, LeaseHeldError, Store
 if TYPE_CHECKING:
     from orchestrator.jobs import Job
     from orchestrator.ledger import Ledger
-    from orchestrator.records import Records
+    from orchestrator.records import Records, TrialRecord
     from orchestrator.selection import Ranking
+    from orchestrator.space import LeftOut
     from orchestrator.tracking import Mirror
     from orchestrator.tuning import Place
 
 INVALID, FAILED, INTERRUPTED = 2, 1, 130
+LEFT_OUT_SHOWN = 10
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -109,7 +112,7 @@ def run(
     dry_run: bool,
 ) -> None:
     """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped."""
-    loaded, planned = _plan(sweep, profile, overrides)
+    loaded, planned = _plan(sweep, profile, overrides, results)
     if dry_run:
         _print_plan(loaded, planned, Store(results / "artifacts"), results)
         return
@@ -136,7 +139,7 @@ def plan(
     orchestrate plan sweeps/depth_ablation.yaml
     orchestrate plan sweeps/depth_ablation.yaml --profile smollm2 --json
     """
-    loaded, planned = _plan(sweep, profile, overrides)
+    loaded, planned = _plan(sweep, profile, overrides, results)
     store = Store(results / "artifacts")
     if as_json:
         click.echo(json.dumps(_plan_as_json(loaded, planned, store, results), indent=1))
@@ -148,7 +151,7 @@ def plan(
 @_sweep_options
 def validate(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Check a sweep file and its profile; exit 2 with every mistake, or say that it is valid."""
-    loaded, planned = _plan(sweep, profile, overrides)
+    loaded, planned = _plan(sweep, profile, overrides, results)
     out.print(f"{sweep}: valid, {len(planned.trials)} trials at profile {loaded.profile}")
 
 
@@ -156,7 +159,7 @@ def validate(sweep: Path, profile: str | None, overrides: tuple[str, ...], resul
 @_sweep_options
 def report(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Write tables, figures, report.html and best.json again from the parquet files."""
-    loaded, _ = _plan(sweep, profile, overrides)
+    loaded, _ = _plan(sweep, profile, overrides, results)
     folder = _recorded_folder(results, loaded)
     _write_report(_read(folder), loaded, folder)
     out.print(f"written: {folder}/report.html, tables/, figures/, best.json")
@@ -166,7 +169,7 @@ def report(sweep: Path, profile: str | None, overrides: tuple[str, ...], results
 @_sweep_options
 def best(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Print the winning configuration as JSON."""
-    loaded, _ = _plan(sweep, profile, overrides)
+    loaded, _ = _plan(sweep, profile, overrides, results)
     path = _recorded_folder(results, loaded) / "best.json"
     if not path.exists():
         _refuse(f"{path}: no trial of this sweep has won yet")
@@ -177,7 +180,7 @@ def best(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: 
 @_sweep_options
 def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Copy a finished sweep's small files to results/published, to be committed."""
-    loaded, _ = _plan(sweep, profile, overrides)
+    loaded, _ = _plan(sweep, profile, overrides, results)
     folder = results / loaded.name / loaded.profile
     if not (folder / "trials.parquet").exists():
         _refuse(f"{folder}: nothing to publish; run the sweep first")
@@ -240,14 +243,16 @@ def _run(
         resolved,
         ledger.tracked,
     )
-    order = [trial.trial.trial_id for trial in planned.trials]
     jobs = make_jobs(planned, ledger.finished_trials(), store, sweep.resources)
-    _greet(sweep, planned, len(order) - sum(not job.shared for job in jobs))
+    _greet(sweep, planned, len(planned.trials) - sum(not job.shared for job in jobs))
     interrupted = False
     if jobs:
         interrupted = _run_jobs(
             jobs, planned, place, ledger, mirror, sweep, address, max_concurrent
         )
+        # What a race went on to is known only now.
+        planned = _plan_with(sweep, _ended(ledger))
+    order = [trial.trial.trial_id for trial in planned.trials]
     records = ledger.records(sweep.name, sweep.profile, order)
     write_parquet(records, place.folder)
     ranking = _write_report(records, sweep, place.folder, command)
@@ -275,15 +280,23 @@ def _run_jobs(
 ) -> bool:
     """Whether the run was interrupted."""
     from orchestrator import tuning
+    from orchestrator.jobs import make_jobs
     from orchestrator.progress import Board
 
-    titles = {
-        job.job_id: f"{job.nodes[0].kind} for {planned.asked_by[job.job_id]} trials"
-        if job.shared
-        else job.trial.trial.label
-        for job in jobs
-    }
-    board = Board(out, titles)
+    board = Board(out, _titles(jobs, planned))
+    begun = {job.job_id for job in jobs}
+
+    def more() -> Sequence[Job]:
+        """The jobs that the trials that have ended make possible."""
+        if sweep.scheduler.method != "race":
+            return ()
+        grown = _plan_with(sweep, _ended(ledger))
+        left = make_jobs(grown, set(_ended(ledger)), place.store, sweep.resources)
+        found = [job for job in left if job.job_id not in begun]
+        begun.update(job.job_id for job in found)
+        board.add(_titles(found, grown))
+        return found
+
     try:
         with board.shown():
             summary = tuning.run(
@@ -295,17 +308,40 @@ def _run_jobs(
                 sweep.resources.checkpoint_every_s,
                 address,
                 max_concurrent or sweep.resources.max_concurrent,
+                more,
             )
     except KeyboardInterrupt:
         return True
     return summary.interrupted
 
 
+def _titles(jobs: Sequence[Job], planned: SweepPlan) -> dict[str, str]:
+    return {
+        job.job_id: f"{job.nodes[0].kind} for {planned.asked_by[job.job_id]} trials"
+        if job.shared
+        else job.trial.trial.label
+        for job in jobs
+    }
+
+
+def _ended(ledger: Ledger) -> dict[str, TrialRecord]:
+    """Every trial that was run, whether it completed or failed."""
+    return {trial.trial_id: trial for trial in ledger.records("", "").trials}
+
+
 def _greet(sweep: Sweep, planned: SweepPlan, done: int) -> None:
     out.print(f"[bold]{sweep.name}[/] at profile [bold]{sweep.profile}[/]: {sweep.question}")
-    for left in planned.left_out:
-        out.print(f"  left out: {escape(str(dict(left.assignment)))}: {left.reason}")
+    for line in _left_out(planned.left_out):
+        out.print(f"  {escape(line)}")
     out.print(f"{len(planned.trials)} trials, {done} of them done already")
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each combination that makes no trial; of many, the first and their number."""
+    lines = [f"left out: {dict(left.assignment)}: {left.reason}" for left in left_out]
+    shown = lines if len(lines) <= LEFT_OUT_SHOWN else lines[: LEFT_OUT_SHOWN // 2]
+    more = len(lines) - len(shown)
+    return shown + ([f"… and {more} more left out; all stand in plan --json"] if more else [])
 
 
 def _write_report(
@@ -320,6 +356,8 @@ def _write_report(
         sweep.select.metric,
         sweep.select.mode,
         command or f"orchestrate sweeps/{sweep.name}.yaml --profile {sweep.profile}",
+        sweep.claims,
+        sweep.finalists,
     )
 
 
@@ -330,12 +368,10 @@ def _copy_winner(ranking: Ranking | None, planned: SweepPlan, place: Place) -> N
     chosen = winner(ranking)
     if chosen is None:
         return
-    steps = next(
-        (t.steps for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None
-    )
-    if steps is None:  # the winner is of an earlier, larger form of this sweep
+    won = next((t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None)
+    if won is None:  # the winner is of an earlier, larger form of this sweep
         return
-    model = next(steps[step] for step in ("distill", "prune", "source") if step in steps)
+    model = won.student
     beside, target = place.folder / "best.part", place.folder / "best"
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(place.store.path(model.stage_id) / "model", beside)
@@ -352,11 +388,14 @@ def _close(
 ) -> None:
     """The last lines: the table, the winner, failures, and where to look next."""
     from orchestrator import report as reporting
-    from orchestrator.progress import outcome_table
+    from orchestrator.claims import judge
+    from orchestrator.progress import claims_table, outcome_table
     from orchestrator.selection import winner
 
     chosen = winner(ranking)
     out.print(outcome_table(ranking, chosen))
+    if sweep.claims:
+        out.print(claims_table(judge(records, sweep.claims)))
     for trial in records.trials:
         if trial.status == "failed":
             out.print(f"[red]failed[/] {trial.trial_id}: {escape(str(trial.reason))}")
@@ -370,12 +409,34 @@ def _close(
 # --- planning --------------------------------------------------------------------------------
 
 
-def _plan(sweep: Path, profile: str | None, overrides: Sequence[str]) -> tuple[Sweep, SweepPlan]:
+def _plan(
+    sweep: Path, profile: str | None, overrides: Sequence[str], results: Path
+) -> tuple[Sweep, SweepPlan]:
+    """The sweep and its plan, with those rungs of a race that are decided already."""
     try:
-        loaded = load(sweep, profile, overrides)
-        return loaded, planning.plan_sweep(loaded, enumerate_trials(loaded))
+        loaded = load(sweep, profile, overrides, results)
+        ended = _completed(results / loaded.name / loaded.profile)
+        return loaded, _plan_with(loaded, ended)
     except SpecError as error:
         _refuse(*error.messages)
+
+
+def _plan_with(sweep: Sweep, ended: Mapping[str, TrialRecord]) -> SweepPlan:
+    space = enumerate_trials(sweep)
+    if sweep.scheduler.method == "race":
+        space = settled(sweep, space, ended)
+    return planning.plan_sweep(sweep, space)
+
+
+def _completed(folder: Path) -> dict[str, TrialRecord]:
+    """Trials that need not run again, by id."""
+    if not (folder / "ledger.jsonl").exists():
+        return {}
+    from orchestrator.ledger import Ledger
+
+    ledger = Ledger(folder / "ledger.jsonl")
+    finished = ledger.finished_trials()
+    return {t.trial_id: t for t in ledger.records("", "").trials if t.trial_id in finished}
 
 
 def _refuse(*messages: str) -> NoReturn:
@@ -428,8 +489,10 @@ def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -
     out.print(f"[bold]{sweep.name}[/] at profile [bold]{sweep.profile}[/]: {sweep.question}")
     for table in plan_table(described):
         out.print(table)
-    for left in described["left_out"]:
-        out.print(f"left out: {escape(str(left['assignment']))}: {left['reason']}")
+    for line in _left_out(planned.left_out):
+        out.print(escape(line))
+    for rung in sweep.scheduler.rungs[1:]:
+        out.print(f"then, in the rung {escape(rung.name)}: those that the rung before chooses")
     total = described["total"]
     out.print(
         f"{total['trials']} trials ({total['trials_done']} done), {total['stages']} stages "
@@ -440,17 +503,9 @@ def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -
 
 def _plan_as_json(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> dict[str, Any]:
     stored = {n.stage_id for n in planned.nodes() if store.manifest(n.stage_id) is not None}
-    done = _finished(results / sweep.name / sweep.profile)
+    done = set(_completed(results / sweep.name / sweep.profile))
     found = planning.describe(planned, done, stored, lambda stage_id: str(store.path(stage_id)))
     return {"sweep": sweep.name, "profile": sweep.profile, **found}
-
-
-def _finished(folder: Path) -> set[str]:
-    if not (folder / "ledger.jsonl").exists():
-        return set()
-    from orchestrator.ledger import Ledger
-
-    return Ledger(folder / "ledger.jsonl").finished_trials()
 
 
 def main() -> None:

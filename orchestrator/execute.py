@@ -172,7 +172,7 @@ def collect(
         raise FileNotFoundError(f"artifacts of {', '.join(missing)} are not in {store.root}")
     mine = [manifests[step] for step in plan.steps if step in manifests]
     times = [m for m in mine if any(s.stage_id == m.stage_id and not s.cached for s in stages)]
-    trained = manifests.get("distill")
+    trained = [found for found in manifests.values() if found.kind == "distill"]
     record = _trial_record(
         plan,
         sweep,
@@ -183,7 +183,7 @@ def collect(
         started_at=min((m.started_at for m in times), default=time.time()),
         ended_at=max((m.ended_at for m in times), default=time.time()),
         metrics=_metrics(manifests),
-        tokens_trained=trained.tokens if trained else 0,
+        tokens_trained=sum(manifest.tokens for manifest in trained),
         dropped_layers=_dropped(plan, store),
     )
     return Collected(record, _curves(plan, store), _items(plan, store))
@@ -264,10 +264,22 @@ def _items(plan: TrialPlan, store: Store) -> tuple[ItemRecord, ...]:
 
 
 def _dropped(plan: TrialPlan, store: Store) -> tuple[int, ...] | None:
-    if "prune" not in plan.steps:
+    """The source's layers that the student lacks after all its prunings; None where none was
+    pruned or the student keeps no weights."""
+    cuts = [node for node in plan.steps.values() if node.kind == "prune"]
+    if not cuts or any(node.config["initialise"] == "random" for node in cuts):
         return None
-    path = store.path(plan.steps["prune"].stage_id) / "dropped_layers.json"
-    return tuple(json.loads(path.read_text()))
+    dropped = [read_dropped(store.path(node.stage_id)) for node in cuts]
+    count = plan.shape.num_hidden_layers + sum(map(len, dropped))
+    left = list(range(count))
+    for layers in dropped:
+        left = [layer for place, layer in enumerate(left) if place not in layers]
+    return tuple(layer for layer in range(count) if layer not in left)
+
+
+def read_dropped(artifact: Path) -> tuple[int, ...]:
+    """The layers that a prune stage left out, in the numbering of the model that it cut."""
+    return tuple(json.loads((artifact / "dropped_layers.json").read_text()))
 
 
 def block_scores(stage_id: str, store: Store) -> tuple[BlockScore, ...]:

@@ -218,9 +218,18 @@ def layer_importance(records: Records, name: str) -> Drawing | None:
     return Drawing(f"layer_importance_{name}", caption, figure)
 
 
+def _shown_lengths(lengths: set[int]) -> list[int]:
+    """Block Influence knows blocks of every length: of more than a few, 1, 2, and the quarter and
+    the half of the layers are drawn."""
+    if len(lengths) <= 4:
+        return sorted(lengths)
+    layers = max(lengths)
+    return sorted(lengths & {1, 2, round(layers / 4), round(layers / 2)})
+
+
 def _draw_blocks(axes: Any, scores: Sequence[BlockScore]) -> None:
     markers = "osD^vPX*"
-    lengths = sorted({score.block_length for score in scores if score.block_length > 0})
+    lengths = _shown_lengths({score.block_length for score in scores if score.block_length > 0})
     for position, length in enumerate(lengths):
         mine = sorted((s.last + 1, s.value) for s in scores if s.block_length == length)
         layers, values = zip(*mine, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,9 +57,11 @@ def make_jobs(plan: SweepPlan, finished: set[str], store: Store, cpus: Resources
 
 @dataclass
 class JobQueue:
-    """What waits, what runs and what has ended."""
+    """What waits, what runs and what has ended. When nothing is left, `more` is asked for jobs that
+    what has ended makes possible (the next rung of a race)."""
 
     waiting: list[Job]
+    more: Callable[[], Sequence[Job]] = tuple
     running: dict[str, Job] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
@@ -68,6 +71,8 @@ class JobQueue:
         """The next job whose needs are met, if any."""
         if self.stopping:
             return None
+        if not self.waiting and not self.running:
+            self.waiting += self.more()
         job = next((job for job in self.waiting if job.needs <= self.done), None)
         if job is not None:
             self.waiting.remove(job)
@@ -76,8 +81,8 @@ class JobQueue:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no job will ever be handed out again."""
-        return self.stopping or not self.waiting
+        """Whether no job will ever be handed out again, once `take` has given none."""
+        return self.stopping or not (self.waiting or self.running)
 
     def finish(self, job_id: str, outcome: Outcome, reason: str | None) -> list[tuple[Job, str]]:
         """Note the end of a running job; gives the jobs that can now never run, and why."""

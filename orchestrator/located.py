@@ -45,11 +45,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its place. An `implied` mapping was written only as part of a dotted name."""
+    """A value and its place. An `implied` mapping was written only as part of a dotted name; a
+    value with a `name` is told by it."""
 
     value: Scalar | Mapping[str, Node] | tuple[Node, ...]
     origin: Origin
     implied: bool = False
+    name: str | None = None
 
     @property
     def mapping(self) -> Mapping[str, Node]:
@@ -74,6 +76,10 @@ class Node:
         if isinstance(self.value, tuple):
             return [node.plain() for node in self.value]
         return str(self.value) if isinstance(self.value, Path) else self.value
+
+    def told(self) -> Any:
+        """What stands for the value in trials, claims and tables: its name, or itself."""
+        return self.plain() if self.name is None else self.name
 
     def child(self, part: Part) -> Node | None:
         """The entry or item at `part`, if there is one."""

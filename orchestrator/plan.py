@@ -7,39 +7,49 @@ the seed where it uses one. Two trials that differ only downstream share every u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel
 
-from orchestrator.settings import Explicit, RandomLayers
-from orchestrator.space import LeftOut, Space, Trial, origin_of
+from orchestrator.pruning import (
+    WIDTHS,
+    DepthSettings,
+    Explicit,
+    PruneSettings,
+    RandomLayers,
+    stepwise,
+)
+from orchestrator.settings import DistillSettings
+from orchestrator.space import LeftOut, Space, Trial, origin_of, source_shape
 from orchestrator.spec import SpecError, Sweep, TrialConfig
 from orchestrator.stages import STAGES
 from trainers.config import (
     AcquireConfig,
+    Activations,
     AtRandom,
-    BlockInfluence,
+    ByActivation,
     ByList,
     ByScore,
-    Corpus,
+    Criterion,
+    DepthCut,
     DistillConfig,
     EvaluateConfig,
     ImportanceConfig,
     LayerChoice,
-    LayerCriterion,
-    ModelSource,
     Perplexity,
     PretrainConfig,
     PruneConfig,
+    RandomUnits,
     ScratchModel,
     TaskAccuracy,
+    WidthCut,
     hash_of,
     identity,
 )
 from trainers.families import UnknownFamilyError
-from trainers.shapes import Shape, shape_of, source_config
+from trainers.shapes import Shape, Sizes, problems_with
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,19 @@ class TrialPlan:
     trial: Trial
     shape: Shape
     steps: Mapping[str, StageNode] = field(default_factory=dict)
+    chain: tuple[Shape, ...] = ()
+    """The shapes on the way, where the trial prunes in several steps."""
+
+    @property
+    def student(self) -> StageNode:
+        """The stage that leaves the trial's final model."""
+        final = ("distill", "prune", "source")
+        return next(self.steps[step] for step in final if step in self.steps)
 
     @property
     def tokens_trained(self) -> int:
-        """Tokens that the student is distilled on."""
-        return self.steps["distill"].tokens if "distill" in self.steps else 0
+        """Tokens that the student is distilled on, in all steps of a chain."""
+        return sum(node.tokens for node in self.steps.values() if node.kind == "distill")
 
 
 @dataclass(frozen=True)
@@ -102,85 +120,62 @@ def plan_sweep(sweep: Sweep, space: Space) -> SweepPlan:
 
 def plan_trial(sweep: Sweep, trial: Trial) -> TrialPlan:
     """The stages of one trial. Raises `SpecError` where its shape is impossible."""
-    config = trial.config
     try:
-        source_shape = _source_shape(config.source, config.corpus)
+        source = source_shape(trial.config)
     except (ValueError, OSError, UnknownFamilyError) as error:
         raise SpecError(f"{origin_of(sweep, trial, 'source')}: source: {error}") from error
-    count = source_shape.num_hidden_layers
-    kept = _layers_kept(sweep, trial, count)
-    shape = source_shape.with_layers(kept)
-    return TrialPlan(trial, shape, _steps(config, source_shape, shape))
-
-
-def _steps(config: TrialConfig, source: Shape, shape: Shape) -> dict[str, StageNode]:
-    steps: dict[str, StageNode] = {}
-    steps["source"] = teacher = _source_node(config, source)
-    student = teacher
-    if config.prune is not None:
-        inputs = {"model": teacher.stage_id}
-        importance = _importance_node(config, source, shape, teacher)
-        if importance is not None:
-            steps["importance"] = importance
-            inputs["importance"] = importance.stage_id
-        prune = PruneConfig(
-            num_hidden_layers=shape.num_hidden_layers,
-            choice=_choice(config),
-            initialise=config.prune.initialise,
-        )
-        uses_seed = isinstance(prune.choice, AtRandom) or prune.initialise == "random"
-        student = steps["prune"] = _node("prune", prune, inputs, config.seed if uses_seed else None)
-    if config.distill is not None:
-        steps["before"] = _evaluate_node(config, shape, student, teacher, before=True)
-        student = steps["distill"] = _distill_node(config, source, shape, student, teacher)
-    steps["after"] = _evaluate_node(
-        config, shape, student, None if student is teacher else teacher, before=False, source=source
-    )
-    return steps
+    shapes = _shapes_after(sweep, trial, source)
+    steps = _Steps(trial.config, source, shapes).planned()
+    return TrialPlan(trial, shapes[-1] if shapes else source, steps, tuple(shapes[:-1]))
 
 
 # --- shapes ----------------------------------------------------------------------------------
 
 
-def _source_shape(source: ModelSource, corpus: Corpus) -> Shape:
-    key = (hash_of(identity(source)), hash_of(identity(corpus)))
-    if key not in _SHAPES:
-        _SHAPES[key] = shape_of(source_config(source, corpus))
-    return _SHAPES[key]
+def _shapes_after(sweep: Sweep, trial: Trial, source: Shape) -> list[Shape]:
+    """The shape after every pruning of the trial. Raises `SpecError` where one is impossible."""
+    found: list[Shape] = []
+    for parts, cut in trial.config.cuts:
+        before = found[-1] if found else source
+        target = cut.target(source, before.num_hidden_layers)
+        if wrong := _wrong_sizes(cut, before, target, first=not found):
+            setting, problem = wrong
+            dotted = ".".join(map(str, (*parts, setting)))
+            raise SpecError(f"{origin_of(sweep, trial, dotted)}: {dotted}: {problem}")
+        found.append(source.resized(target))
+    return found
 
 
-_SHAPES: dict[tuple[str, str], Shape] = {}
+def _wrong_sizes(
+    cut: PruneSettings, before: Shape, target: Sizes, first: bool
+) -> tuple[str, str] | None:
+    """A setting below the pruning's and why its size cannot be had from the model at hand."""
+    if cut.depth is not None and (wrong := _wrong_depth(cut.depth, before, target, first)):
+        return f"depth.{wrong[0]}", wrong[1]
+    for size, problem in problems_with(before, target):
+        if size == "num_hidden_layers":
+            return "depth.keep", problem
+        if cut.width is not None:
+            return f"width.{size}", problem
+        return "width", f"{size} {problem}"
+    return None
 
 
-def _layers_kept(sweep: Sweep, trial: Trial, count: int) -> int:
-    """How many of the source's `count` layers the student has. Raises `SpecError`."""
-    if trial.config.prune is None:
-        return count
-    depth = trial.config.prune.depth
+def _wrong_depth(
+    depth: DepthSettings, before: Shape, target: Sizes, first: bool
+) -> tuple[str, str] | None:
+    count, kept = before.num_hidden_layers, target.num_hidden_layers
     dropped = depth.criterion.drop if isinstance(depth.criterion, Explicit) else ()
-    outside = [layer for layer in dropped if layer >= count]
-    kept = depth.layers_kept(count)
-    if outside:
-        setting, problem = (
-            "criterion.drop",
-            (f"the source has no layer {', '.join(map(str, outside))}; allowed: 0 to {count - 1}"),
-        )
-    elif kept < 1:
-        setting, problem = "criterion.drop", f"drops all {count} layers; keep at least one"
-    elif kept > count:
-        setting, problem = (
-            "keep",
-            (
-                f"cannot keep {kept} layers, the source has {count}; "
-                f"allowed: 1 to {count}, or a fraction below 1"
-            ),
-        )
-    elif contradiction := depth.contradiction(count):
-        setting, problem = "keep", contradiction
-    else:
-        return kept
-    dotted = f"prune.depth.{setting}"
-    raise SpecError(f"{origin_of(sweep, trial, dotted)}: {dotted}: {problem}")
+    if outside := [layer for layer in dropped if layer >= count]:
+        listed = ", ".join(map(str, outside))
+        return "criterion.drop", f"the source has no layer {listed}; allowed: 0 to {count - 1}"
+    if kept < 1:
+        return "criterion.drop", f"drops all {count} layers; keep at least one"
+    if kept > count:
+        text = f"cannot keep {kept} layers, the source has {count}; "
+        return "keep", text + f"allowed: 1 to {count}, or a fraction up to 1.0"
+    contradiction = depth.contradiction(count) if first else None
+    return ("keep", contradiction) if contradiction else None
 
 
 # --- stages ----------------------------------------------------------------------------------
@@ -214,14 +209,113 @@ def _source_node(config: TrialConfig, shape: Shape) -> StageNode:
     training, length = source.training, config.corpus.block_length
     tokens = training.steps * training.batch_size * length
     pretrain = PretrainConfig(shape=source.shape, corpus=config.corpus, training=training)
-    return _node(
-        "pretrain", pretrain, {}, source.seed, tokens, shape.training_flops(tokens, length)
-    )
+    seed = config.seed if source.seed is None else source.seed
+    return _node("pretrain", pretrain, {}, seed, tokens, shape.training_flops(tokens, length))
 
 
-def _choice(config: TrialConfig) -> LayerChoice:
-    assert config.prune is not None
-    depth = config.prune.depth
+class _Steps:
+    """Collects the stages of one trial by step."""
+
+    def __init__(self, config: TrialConfig, source: Shape, shapes: Sequence[Shape]) -> None:
+        self._config, self._source, self._shapes = config, source, shapes
+        self._steps: dict[str, StageNode] = {}
+
+    def planned(self) -> dict[str, StageNode]:
+        """The steps in the order they run: the chain's under `chain1.`, `chain2.` and so on."""
+        config, steps = self._config, self._steps
+        student = teacher = steps["source"] = _source_node(config, self._source)
+        shape = self._source
+        for number, (link, target) in enumerate(zip(config.chain, self._shapes, strict=False), 1):
+            prefix = f"chain{number}."
+            cut_from = student, shape
+            student, shape = self._pruned(link.prune, student, shape, target, prefix), target
+            distill = link.distillation(config.distill)
+            if distill is not None:
+                taught_by = (teacher, self._source) if distill.teacher == "original" else cut_from
+                student = steps[f"{prefix}distill"] = _distill_node(
+                    config, distill, student, shape, *taught_by
+                )
+        cut_from = student, shape
+        if config.prune is not None:
+            target = self._shapes[-1]
+            student, shape = self._pruned(config.prune, student, shape, target, ""), target
+        if config.distill is not None:
+            steps["before"] = self._evaluation(student, shape, "before")
+            original = config.distill.teacher == "original"
+            taught_by = (teacher, self._source) if original else cut_from
+            student = steps["distill"] = _distill_node(
+                config, config.distill, student, shape, *taught_by
+            )
+        steps["after"] = self._evaluation(student, shape, "after")
+        return steps
+
+    def _evaluation(self, model: StageNode, shape: Shape, when: str) -> StageNode:
+        """An evaluation beside the original model, unless it is the original that is evaluated."""
+        original = self._steps["source"]
+        teacher = None if model is original else (original, self._source)
+        return _evaluate_node(self._config, model, shape, teacher, before=when == "before")
+
+    def _pruned(
+        self, cut: PruneSettings, model: StageNode, shape: Shape, target: Shape, prefix: str
+    ) -> StageNode:
+        """Score and cut in as many rounds as asked; gives the last round's pruning."""
+        rounds = stepwise(shape, target.sizes, cut.iterations)
+        for number, sizes in enumerate(rounds, 1):
+            name = prefix + (f"round{number}." if number < len(rounds) else "")
+            smaller = self._source.resized(sizes)
+            model = self._cut_once(cut, model, shape, smaller, name)
+            shape = smaller
+        return model
+
+    def _cut_once(
+        self, cut: PruneSettings, model: StageNode, shape: Shape, target: Shape, name: str
+    ) -> StageNode:
+        config, inputs = self._config, {"model": model.stage_id}
+        stage = _prune_config(cut, shape.sizes, target.sizes)
+        layers = _layer_criterion(config, cut, shape, target) if _by_score(stage) else None
+        needed = {"importance": layers}
+        if stage.width is not None and isinstance(stage.width.choice, ByActivation):
+            needed["activations"] = Activations(samples=config.importance.samples)
+        for role, criterion in needed.items():
+            if criterion is not None and stage.initialise == "inherited":
+                node = _importance_node(config, criterion, shape, model)
+                inputs[role] = node.stage_id
+                # One pass may tell of layers and units alike: it is one stage, in both roles.
+                if node not in self._steps.values():
+                    self._steps[f"{name}{role}"] = node
+        seed = config.seed if _draws(stage) else None
+        node = self._steps[f"{name}prune"] = _node("prune", stage, inputs, seed)
+        return node
+
+
+def _prune_config(cut: PruneSettings, source: Sizes, target: Sizes) -> PruneConfig:
+    """The cut from one set of sizes to another; an axis that stays as it is, is left out."""
+    depth = width = None
+    if cut.depth is not None and target.num_hidden_layers != source.num_hidden_layers:
+        depth = DepthCut(
+            num_hidden_layers=target.num_hidden_layers, choice=_layer_choice(cut.depth)
+        )
+    widths = {
+        name: getattr(target, name)
+        for name in WIDTHS
+        if getattr(target, name) != getattr(source, name)
+    }
+    if widths and cut.width is not None:
+        settings = cut.width
+        width = WidthCut(
+            **widths,
+            choice=settings.criterion,
+            head_residual=settings.head_residual,
+            rescale_norms=settings.rescale_norms,
+        )
+    if cut.initialise == "random":
+        # New weights are drawn at the shape alone: whatever chooses the units makes no difference.
+        depth = depth and depth.model_copy(update={"choice": AtRandom()})
+        width = width and WidthCut(**widths, choice=RandomUnits(), head_residual=False)
+    return PruneConfig(depth=depth, width=width, initialise=cut.initialise)
+
+
+def _layer_choice(depth: DepthSettings) -> LayerChoice:
     match depth.criterion:
         case Explicit(drop=drop):
             return ByList(drop=drop)
@@ -231,77 +325,83 @@ def _choice(config: TrialConfig) -> LayerChoice:
             return ByScore(contiguous=depth.contiguous)
 
 
-def _importance_node(
-    config: TrialConfig, source: Shape, shape: Shape, teacher: StageNode
-) -> StageNode | None:
-    """None where layers are listed or drawn, or where none is dropped."""
-    criterion = _criterion(config)
-    count = source.num_hidden_layers
-    dropped = count - shape.num_hidden_layers
-    if criterion is None or dropped == 0:
-        return None
-    wanted = {1, dropped, *config.importance.extra_block_lengths}
+def _by_score(stage: PruneConfig) -> bool:
+    return stage.depth is not None and isinstance(stage.depth.choice, ByScore)
+
+
+def _draws(stage: PruneConfig) -> bool:
+    """Whether anything in the pruning depends on the seed."""
+    layers = stage.depth is not None and isinstance(stage.depth.choice, AtRandom)
+    units = stage.width is not None and isinstance(stage.width.choice, RandomUnits)
+    return layers or units or stage.initialise == "random"
+
+
+def _layer_criterion(
+    config: TrialConfig, cut: PruneSettings, shape: Shape, target: Shape
+) -> Criterion:
+    assert cut.depth is not None
+    count = shape.num_hidden_layers
+    wanted = {1, count - target.num_hidden_layers, *config.importance.extra_block_lengths}
     lengths = tuple(sorted(length for length in wanted if 0 < length < count))
-    stage = ImportanceConfig(
-        criterion=criterion,
-        corpus=config.corpus,
-        block_lengths=lengths,
-        precision=config.evaluate.precision,
-    )
-    tokens = 0 if isinstance(criterion, TaskAccuracy) else _scored(config)
-    passes = [count - length + 1 for length in lengths]
-    context = config.corpus.block_length
-    if isinstance(criterion, Perplexity):
-        # Each block of layers costs a pass without it, and one pass measures the intact model.
-        flops = source.forward_flops(tokens, context) + sum(
-            number * source.with_layers(count - length).forward_flops(tokens, context)
-            for number, length in zip(passes, lengths, strict=True)
-        )
-        tokens *= 1 + sum(passes)
-    else:
-        flops = source.forward_flops(tokens, context)
-    return _node("importance", stage, {"model": teacher.stage_id}, None, tokens, flops)
-
-
-def _scored(config: TrialConfig) -> int:
-    return config.importance.samples * config.corpus.block_length
-
-
-def _criterion(config: TrialConfig) -> LayerCriterion | None:
-    assert config.prune is not None
-    match config.prune.depth.criterion.kind:
+    match cut.depth.criterion.kind:
         case "perplexity":
-            return Perplexity(samples=config.importance.samples)
-        case "block_influence":
-            return BlockInfluence(samples=config.importance.samples)
+            return Perplexity(samples=config.importance.samples, block_lengths=lengths)
         case "task":
-            return TaskAccuracy(tasks=config.importance.tasks)
+            return TaskAccuracy(tasks=config.importance.tasks, block_lengths=lengths)
         case _:
-            return None
+            return Activations(samples=config.importance.samples)
+
+
+def _importance_node(
+    config: TrialConfig, criterion: Criterion, shape: Shape, model: StageNode
+) -> StageNode:
+    corpus = config.importance.corpus or config.corpus
+    stage = ImportanceConfig(
+        criterion=criterion, corpus=corpus, precision=config.evaluate.precision
+    )
+    context = corpus.block_length
+    tokens = 0 if isinstance(criterion, TaskAccuracy) else criterion.samples * context
+    flops = shape.forward_flops(tokens, context, head=not isinstance(criterion, Activations))
+    if isinstance(criterion, Perplexity):
+        flops += sum(
+            shape.resized(replace(shape.sizes, num_hidden_layers=above)).forward_flops(
+                tokens, context
+            )
+            for above in _layers_above_blocks(shape.num_hidden_layers, criterion.block_lengths)
+        )
+    return _node("importance", stage, {"model": model.stage_id}, None, tokens, flops)
+
+
+def _layers_above_blocks(count: int, lengths: Sequence[int]) -> list[int]:
+    """For every block that is left out in turn, how many layers run again: those above it."""
+    return [count - first - n for n in lengths for first in range(count - n + 1)]
 
 
 def _distill_node(
-    config: TrialConfig, source: Shape, shape: Shape, student: StageNode, teacher: StageNode
+    config: TrialConfig,
+    settings: DistillSettings,
+    student: StageNode,
+    shape: Shape,
+    teacher: StageNode,
+    teacher_shape: Shape,
 ) -> StageNode:
-    assert config.distill is not None
-    settings, context = config.distill, config.corpus.block_length
+    context = config.corpus.block_length
     stage = DistillConfig(corpus=config.corpus, training=settings.training, loss=settings.loss)
     tokens = settings.training.steps * settings.training.batch_size * context
     flops = shape.training_flops(tokens, context)
     inputs = {"model": student.stage_id}
     if settings.loss.logits != "none":
-        flops += source.forward_flops(tokens, context)
+        flops += teacher_shape.forward_flops(tokens, context)
         inputs["teacher"] = teacher.stage_id
     return _node("distill", stage, inputs, config.seed, tokens, flops)
 
 
 def _evaluate_node(
     config: TrialConfig,
-    shape: Shape,
     model: StageNode,
-    teacher: StageNode | None,
+    shape: Shape,
+    teacher: tuple[StageNode, Shape] | None,
     before: bool,
-    source: Shape | None = None,
 ) -> StageNode:
     settings = config.evaluate
     tasks = settings.tasks if settings.tasks_before or not before else ()
@@ -310,8 +410,8 @@ def _evaluate_node(
     flops = shape.forward_flops(tokens, config.corpus.block_length)
     inputs = {"model": model.stage_id}
     if teacher is not None:
-        flops += (source or shape).forward_flops(tokens, config.corpus.block_length)
-        inputs["teacher"] = teacher.stage_id
+        flops += teacher[1].forward_flops(tokens, config.corpus.block_length)
+        inputs["teacher"] = teacher[0].stage_id
     return _node("evaluate", stage, inputs, None, tokens, flops)
 
 
@@ -344,6 +444,14 @@ def describe(
     }
 
 
+def _sizes(shape: Shape) -> dict[str, int]:
+    counts = {
+        "parameters": shape.parameters,
+        "parameters_non_embedding": shape.parameters_non_embedding,
+    }
+    return counts | asdict(shape.sizes)
+
+
 def _described(
     planned: TrialPlan,
     plan: SweepPlan,
@@ -359,9 +467,8 @@ def _described(
         "axes": dict(trial.axes),
         "seed": trial.seed,
         "done": trial.trial_id in done,
-        "parameters": planned.shape.parameters,
-        "parameters_non_embedding": planned.shape.parameters_non_embedding,
-        "num_hidden_layers": planned.shape.num_hidden_layers,
+        **_sizes(planned.shape),
+        "chain": [_sizes(shape) for shape in planned.chain],
         "tokens": sum(node.tokens for node in steps.values()),
         "flops": sum(node.flops for node in steps.values()),
         "stages": [

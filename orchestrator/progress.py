@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.claims import Verdict
 from orchestrator.selection import Estimate, Ranking, Winner
 
 MARKS = {
@@ -21,6 +23,12 @@ MARKS = {
     "completed": "[green]completed[/]",
     "failed": "[red]failed[/]",
     "interrupted": "[yellow]interrupted[/]",
+}
+VERDICTS = {
+    "supported": "[green]supported[/]",
+    "contradicted": "[red]contradicted[/]",
+    "undecided": "[yellow]undecided[/]",
+    "no data": "[dim]no data[/]",
 }
 PLAIN_EVERY_S = 10.0
 
@@ -60,6 +68,10 @@ class Board:
         self._began = time.monotonic()
         self._told: dict[str, float] = {}
         self._live = console.is_terminal
+
+    def add(self, titles: Mapping[str, str]) -> None:
+        """Jobs that came up while others ran."""
+        self._rows |= {job_id: Row(title) for job_id, title in titles.items()}
 
     def shown(self) -> AbstractContextManager[object]:
         """While this is entered, the live table is on the screen."""
@@ -170,29 +182,54 @@ def clock(seconds: float) -> str:
 def plan_table(described: Mapping[str, Any]) -> list[Table]:
     """The plan (as `orchestrate plan --json` prints it) as two tables: trials, then stages."""
     trials = Table(title="trials", title_justify="left")
-    for name in ("trial", "settings", "parameters", "layers", "tokens", "FLOPs", "stages", "done"):
-        trials.add_column(name, overflow="fold")
+    for name in ("trial", "settings", "parameters", "shape", "tokens", "FLOPs", "stages", "done"):
+        trials.add_column(name, overflow="fold", no_wrap=name in ("parameters", "shape", "tokens"))
     for trial in described["trials"]:
         kinds = [stage["kind"] for stage in trial["stages"]]
         trials.add_row(
             trial["trial_id"],
             trial["label"],
-            f"{trial['parameters']:,}",
-            str(trial["num_hidden_layers"]),
+            "\n".join(f"{each['parameters']:,}" for each in [*trial["chain"], trial]),
+            _shape(trial),
             f"{trial['tokens']:,}",
             f"{trial['flops']:.2g}",
-            " ".join(kinds),
+            " ".join(_counted(kinds)),
             "yes" if trial["done"] else "",
         )
-    stages = Table(title="stages", title_justify="left")
+    stages = Table(title="stages that several trials share", title_justify="left")
     for name in ("stage", "asked for by", "tokens", "FLOPs", "stored"):
         stages.add_column(name)
     seen = {stage["stage_id"]: stage for t in described["trials"] for stage in t["stages"]}
     for stage in seen.values():
-        asked = f"{stage['trials']} trials" if stage["trials"] > 1 else "1 trial"
-        cells = [stage["stage_id"], asked, f"{stage['tokens']:,}", f"{stage['flops']:.2g}"]
+        if stage["trials"] < 2:
+            continue
+        cells = [
+            stage["stage_id"],
+            f"{stage['trials']} trials",
+            f"{stage['tokens']:,}",
+            f"{stage['flops']:.2g}",
+        ]
         stages.add_row(*cells, "yes" if stage["stored"] else "")
     return [trials, stages]
+
+
+def _shape(trial: Mapping[str, Any]) -> str:
+    """`16 x 3072, MLP 9216, heads 32/8`, after the shapes that a chain passes."""
+    return "\n".join(map(_one_shape, [*trial["chain"], trial]))
+
+
+def _one_shape(trial: Mapping[str, Any]) -> str:
+    heads, groups = trial["num_attention_heads"], trial["num_key_value_heads"]
+    return (
+        f"{trial['num_hidden_layers']} x {trial['hidden_size']}, "
+        f"MLP {trial['intermediate_size']}, heads {heads}/{groups}"
+    )
+
+
+def _counted(kinds: Sequence[str]) -> list[str]:
+    """Each kind once, with how often it comes where that is more than once."""
+    counts = Counter(kinds)
+    return [kind if count == 1 else f"{kind} x{count}" for kind, count in counts.items()]
 
 
 def outcome_table(ranking: Ranking | None, chosen: Winner | None) -> Table:
@@ -209,6 +246,24 @@ def outcome_table(ranking: Ranking | None, chosen: Winner | None) -> Table:
             f"{len(each.trials)}" + (f" (sd {each.spread:.3f})" if each.spread is not None else ""),
             _mean([trial.metrics.get("lm_loss.after") for trial in each.trials]),
             "winner" if won else "tied" if each.tied else "",
+        )
+    return table
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> Table:
+    """What the trials say of each claim; all columns are in tables/claims."""
+    table = Table(title="claims", title_justify="left")
+    for name in ("claim", "metric", "effect [95%]", "pairs", "seeds", "verdict"):
+        table.add_column(name, overflow="fold")
+    for each in verdicts:
+        number = f"{each.practice}. " if each.practice is not None else ""
+        table.add_row(
+            escape(number + each.text),
+            each.metric,
+            escape(_interval(each.effect)) if each.effect else "-",
+            str(each.pairs),
+            str(each.seeds),
+            VERDICTS[each.verdict] + (f": {escape(each.note)}" if each.note else ""),
         )
     return table
 

@@ -12,24 +12,35 @@ from typing import Any
 import jinja2
 
 from orchestrator import figures, tables
+from orchestrator.asked import Claim
 from orchestrator.records import TEACHER, Records
 from orchestrator.selection import Estimate, Mode, Ranking, Winner, rank, report_metric, winner
 
 
 def write(
-    records: Records, folder: Path, question: str, select_metric: str, mode: Mode, command: str
+    records: Records,
+    folder: Path,
+    question: str,
+    select_metric: str,
+    mode: Mode,
+    command: str,
+    claims: Sequence[Claim] = (),
+    among: Mapping[str, Any] | None = None,
 ) -> Ranking | None:
     """Write tables/, figures/, report.html and best.json into a results folder.
 
     Gives the ranking, or None where no trial completed with a value of `select_metric`; then there
-    is no best.json. The page quotes the folder's sweep.yaml if it is there. Equal records give
-    equal files.
+    is no best.json. Only trials of the grid that are `among` those meant can win. The page shows
+    the verdicts of the sweep's claims, if it makes some, and quotes the folder's sweep.yaml if it
+    is there. Equal records give equal files.
     """
-    ranking = rank(records, select_metric, mode)
+    ranking = rank(records, select_metric, mode, among)
     chosen = winner(ranking)
-    written = tables.all_tables(records, ranking)
+    written = tables.all_tables(records, ranking, claims)
     drawn = figures.all_figures(records)
-    tables.write(written, folder / "tables")
+    paths = tables.write(written, folder / "tables")
+    for old in set((folder / "tables").glob("claims.*")) - set(paths):
+        old.unlink()  # a claim that the sweep no longer makes
     figures.write(drawn, folder / "figures")
     _write_best(folder / "best.json", records, ranking, chosen)
     resolved = folder / "sweep.yaml"

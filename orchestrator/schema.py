@@ -225,6 +225,10 @@ def final_paths(model: type[BaseModel], sweep: Node, relative_to: Path | None) -
 
     def values(node: Node, dotted: str) -> Node:
         """Of an axis, a condition or an exclusion: a value, or a list of values."""
+        variants = node.child("variants")
+        if variants is not None:
+            each = {name: whole(settings) for name, settings in variants.mapping.items()}
+            return node.with_entry("variants", replace(variants, value=each))
         if node.child("values") is not None:
             node = node.with_entry("values", values(node.mapping["values"], dotted))
             when = node.child("when")

@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from orchestrator.asked import key_of, keys_meant
 from orchestrator.records import TEACHER, Records, TrialRecord
+from orchestrator.wording import shortest_names
 
 Mode = Literal["max", "min"]
 Array = npt.NDArray[np.float64]
@@ -138,15 +140,7 @@ def groups(trials: Iterable[TrialRecord]) -> list[list[TrialRecord]]:
 
 def axis_names(records: Records) -> dict[str, str]:
     """Dotted axis -> the shortest end of its name that no other axis shares."""
-    names = sorted({name for trial in records.trials for name in trial.axes})
-    return {name: _shortest(name, names) for name in names}
-
-
-def _shortest(name: str, names: Sequence[str]) -> str:
-    parts = name.split(".")
-    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
-    rivals = [f".{other}" for other in names if other != name]
-    return next((end for end in ends if not any(r.endswith(f".{end}") for r in rivals)), name)
+    return shortest_names({name for trial in records.trials for name in trial.axes})
 
 
 def labels(records: Records) -> dict[str, str]:
@@ -269,15 +263,21 @@ def value_of(trial: TrialRecord, metric: str) -> float | None:
 # --- ranking ---------------------------------------------------------------------------------
 
 
-def rank(records: Records, metric: str = "accuracy.mean", mode: Mode = "max") -> Ranking | None:
+def rank(
+    records: Records,
+    metric: str = "accuracy.mean",
+    mode: Mode = "max",
+    among: Mapping[str, Any] | None = None,
+) -> Ranking | None:
     """Configurations by the metric's mean over seeds; None where no trial completed with a value.
 
-    Stopped and failed trials and values that are no number are left out, and so is the teacher.
+    Stopped and failed trials and values that are no number are left out, and so is the teacher, and
+    so are trials of the grid whose axes are not `among` the values meant.
     """
     sign = 1.0 if mode == "max" else -1.0
     names = labels(records)
     candidates = []
-    for group in groups(trial for trial in records.trials if trial.baseline != TEACHER):
+    for group in groups(trial for trial in records.trials if _may_win(trial, among or {})):
         measured = tuple(trial for trial in group if value_of(trial, metric) is not None)
         if measured:
             candidates.append((measured, len(group) - len(measured)))
@@ -295,6 +295,16 @@ def rank(records: Records, metric: str = "accuracy.mean", mode: Mode = "max") ->
             _configuration(names[trials[0].trial_id], trials, unfinished, measure, best, sign)
             for trials, unfinished in candidates
         ),
+    )
+
+
+def _may_win(trial: TrialRecord, among: Mapping[str, Any]) -> bool:
+    if trial.baseline is not None:
+        return trial.baseline != TEACHER
+    keys = {name: key_of(value) for name, value in trial.axes.items()}
+    return all(
+        name in keys and keys[name] in keys_meant(wanted, {keys[name]})
+        for name, wanted in among.items()
     )
 
 

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from orchestrator import schema
 from orchestrator.located import Node, Part
+from orchestrator.pruning import ByTask, PruneSettings, inconsistent
 from orchestrator.wording import Problem, nearest_first, validate
 from trainers.config import (
     Corpus,
@@ -24,145 +24,53 @@ from trainers.config import (
     HarnessTask,
     ModelSource,
     ScratchModel,
-    Shorthand,
     Task,
     Training,
 )
 
-
-def _inconsistent(problems: Sequence[tuple[tuple[Part, ...], str]]) -> PydanticCustomError:
-    """An error about several settings, each with its place below the model that raises it."""
-    text = "; ".join(f"{'.'.join(map(str, at))}: {what}" for at, what in problems)
-    return PydanticCustomError("inconsistent", "{text}", {"text": text, "problems": problems})
-
-
-class ByPerplexity(Frozen):
-    """Drop what raises the calibration loss least."""
-
-    kind: Literal["perplexity"] = "perplexity"
-
-
-class ByBlockInfluence(Frozen):
-    """Drop what changes the hidden states least."""
-
-    kind: Literal["block_influence"] = "block_influence"
-
-
-class ByTask(Frozen):
-    """Drop what lowers the accuracy on `importance.tasks` least."""
-
-    kind: Literal["task"] = "task"
-
-
-class RandomLayers(Frozen):
-    """Drop layers drawn with the trial's seed."""
-
-    kind: Literal["random"] = "random"
-
-
-class Explicit(Frozen):
-    """Drop exactly these layers, counted from 0."""
-
-    kind: Literal["layers"] = "layers"
-    drop: tuple[int, ...]
-
-
-DepthCriterion = Annotated[
-    ByPerplexity | ByBlockInfluence | ByTask | RandomLayers | Explicit,
-    Field(discriminator="kind"),
-    Shorthand,
-]
-
-
-def _check_keep(value: Any) -> Any:
-    if value is None:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        problem = "must be a number of layers (1, 2, …) or a fraction between 0 and 1"
-    elif isinstance(value, int) and value < 1:
-        problem = f"is {value}, must be at least 1 layer"
-    elif isinstance(value, float) and not 0 < value < 1:
-        problem = f"is {value}, must be a fraction between 0 and 1, or a whole number of layers"
-    else:
-        return value
-    raise PydanticCustomError("keep", "{problem}", {"problem": problem})
-
-
-class DepthSettings(Frozen):
-    """How many layers stay, and which.
-
-    `keep` is a number of layers, or a fraction of the source's. An explicit list says it already:
-    there `keep` may be left out, and must agree where it is given.
-    """
-
-    keep: Annotated[int | float | None, BeforeValidator(_check_keep)] = None
-    criterion: DepthCriterion
-    contiguous: bool = False
-
-    def layers_kept(self, num_hidden_layers: int) -> int:
-        """Of so many layers, how many stay; a fraction is rounded and leaves one at least.
-
-        Does not check that it is possible: the result may be above `num_hidden_layers`, or below 1
-        for a list.
-        """
-        if isinstance(self.criterion, Explicit):
-            return num_hidden_layers - len(self.criterion.drop)
-        return self._asked_for(num_hidden_layers)
-
-    def contradiction(self, num_hidden_layers: int) -> str | None:
-        """How `keep` and an explicit list disagree for a source of so many layers, if they do."""
-        kept = self.layers_kept(num_hidden_layers)
-        if self.keep is None or kept == self._asked_for(num_hidden_layers):
-            return None
-        return (
-            f"keep {self.keep} of {num_hidden_layers} layers contradicts criterion.drop, which "
-            f"leaves {kept}; write `keep: null` to let the list decide"
-        )
-
-    def _asked_for(self, num_hidden_layers: int) -> int:
-        if isinstance(self.keep, float):
-            return max(1, round(self.keep * num_hidden_layers))
-        return self.keep or 0
-
-    @model_validator(mode="after")
-    def _complete(self) -> DepthSettings:
-        if isinstance(self.criterion, Explicit):
-            drop = self.criterion.drop
-            if not drop or min(drop) < 0 or len(set(drop)) < len(drop):
-                raise _inconsistent(
-                    [(("criterion", "drop"), "must list layers, counted from 0, each once")]
-                )
-        elif self.keep is None:
-            raise _inconsistent(
-                [(("keep",), f"is required with the criterion {self.criterion.kind}")]
-            )
-        return self
-
-
-class PruneSettings(Frozen):
-    """What is cut, and whether the student inherits the remaining weights."""
-
-    depth: DepthSettings
-    initialise: Literal["inherited", "random"] = "inherited"
+Placed = tuple[tuple[Part, ...], str]
+"""Where something is wrong, and what."""
 
 
 class ImportanceSettings(Frozen):
     """What the criteria measure on.
 
-    `samples` calibration blocks for perplexity and Block Influence, `tasks` for the task
-    criterion. Blocks of `extra_block_lengths` layers are scored too, for the figures.
+    `samples` calibration blocks of `corpus` (the trial's own, unless one is named) for activations
+    and perplexity, `tasks` for the task criterion. Perplexity and task also score blocks of
+    `extra_block_lengths` layers, for the figures.
     """
 
     samples: int = Field(gt=0)
+    corpus: Corpus | None = None
     tasks: tuple[Task, ...] = ()
     extra_block_lengths: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2)
 
 
 class DistillSettings(Frozen):
-    """How the student is retrained."""
+    """How the student is retrained, and who teaches it: the source model (`original`), or the one
+    that it was pruned from (`previous`; they differ only in a chain)."""
 
     loss: DistillLoss = DistillLoss()
     training: Training
+    teacher: Literal["original", "previous"] = "original"
+
+
+class ChainStep(Frozen):
+    """An earlier step of a chain: cut so far, and distil as the trial does unless said otherwise.
+    `training_steps` changes only the length of that distillation."""
+
+    prune: PruneSettings
+    distill: DistillSettings | None = None
+    training_steps: int | None = Field(default=None, gt=0)
+
+    def distillation(self, of_trial: DistillSettings | None) -> DistillSettings | None:
+        """This step's distillation, given the trial's."""
+        settings = self.distill or of_trial
+        if settings is None or self.training_steps is None:
+            return settings
+        steps = {"steps": self.training_steps}
+        training = Training.model_validate({**settings.training.model_dump(), **steps})
+        return settings.model_copy(update={"training": training})
 
 
 class EvaluateSettings(Frozen):
@@ -179,41 +87,61 @@ class TrialConfig(Frozen):
     source: ModelSource
     corpus: Corpus
     importance: ImportanceSettings
+    chain: tuple[ChainStep, ...] = ()
     prune: PruneSettings | None = None
     distill: DistillSettings | None = None
     evaluate: EvaluateSettings
     seed: int = Field(default=0, ge=0, lt=2**32)
 
+    @property
+    def cuts(self) -> tuple[tuple[tuple[Part, ...], PruneSettings], ...]:
+        """Every pruning in the order it is done, with its place among the settings."""
+        earlier = ((("chain", i, "prune"), step.prune) for i, step in enumerate(self.chain))
+        own = ((("prune",), self.prune),) if self.prune is not None else ()
+        return (*earlier, *own)
+
     @model_validator(mode="after")
     def _consistent(self) -> TrialConfig:
-        problems = [*self._importance_problems(), *self._depth_problems()]
+        problems = [*self._importance_problems(), *self._chain_problems(), *self._depth_problems()]
         for place, tasks in self.asked().items():
             problems += _task_problems(place, tasks)
         if problems:
-            raise _inconsistent(problems)
+            raise inconsistent(problems)
         return self
 
     def asked(self) -> dict[str, tuple[Task, ...]]:
         """The tasks by the section that asks them."""
         return {"importance": self.importance.tasks, "evaluate": self.evaluate.tasks}
 
-    def _importance_problems(self) -> Iterator[tuple[tuple[Part, ...], str]]:
-        samples, blocks = self.importance.samples, self.corpus.calibration_blocks
+    def _importance_problems(self) -> Iterator[Placed]:
+        corpus = self.importance.corpus or self.corpus
+        samples, blocks = self.importance.samples, corpus.calibration_blocks
         if samples > blocks:
             text = f"is {samples}, but the corpus has only {blocks} calibration_blocks"
             yield ("importance", "samples"), text
-        by_task = self.prune is not None and isinstance(self.prune.depth.criterion, ByTask)
+        depths = (cut.depth for _, cut in self.cuts if cut.depth is not None)
+        by_task = any(isinstance(depth.criterion, ByTask) for depth in depths)
         if by_task and not self.importance.tasks:
             yield ("importance", "tasks"), "the criterion task needs at least one task here"
 
-    def _depth_problems(self) -> Iterator[tuple[tuple[Part, ...], str]]:
-        if self.prune and isinstance(self.source, ScratchModel):
-            text = self.prune.depth.contradiction(self.source.shape.num_hidden_layers)
+    def _chain_problems(self) -> Iterator[Placed]:
+        if self.chain and self.prune is None:
+            yield ("chain",), "leads to a last step under prune, which is not there"
+        for index, step in enumerate(self.chain):
+            try:
+                step.distillation(self.distill)
+            except ValueError:
+                yield ("chain", index, "training_steps"), "leaves none but warm-up steps"
+
+    def _depth_problems(self) -> Iterator[Placed]:
+        depth = self.prune.depth if self.prune else None
+        if depth and not self.chain and isinstance(self.source, ScratchModel):
+            text = depth.contradiction(self.source.shape.num_hidden_layers)
             if text:
                 yield ("prune", "depth", "keep"), text
 
 
-def _task_problems(place: str, tasks: Sequence[Task]) -> Iterator[tuple[tuple[Part, ...], str]]:
+def _task_problems(place: str, tasks: Sequence[Task]) -> Iterator[Placed]:
     counts = Counter(task.name for task in tasks)
     for index, task in enumerate(tasks):
         at = (place, "tasks", index, "name")

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.axes import TEACHER, Grid, key_of, parse_axes, shown
 from orchestrator.located import Node, Part, merge, nest, undotted
+from orchestrator.pruning import WIDTHS, PruneSettings
 from orchestrator.spec import SpecError, Sweep, TrialConfig, build_trial
-from orchestrator.wording import Problem, choices
+from orchestrator.wording import Problem, choices, shortest_names
 from trainers.config import hash_of, identity
+from trainers.shapes import Shape, Sizes, shape_of, source_config
+
+RUNG = "rung"
+"""The axis that a race adds: which of its rungs a trial ran."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,14 @@ class Trial:
     axes: Mapping[str, Any]
     baseline: str | None
     seed: int
+    rung: int | None = None
+    """Which rung of a race the trial runs, from 0; its name is among the axes as `rung`."""
 
     @property
     def label(self) -> str:
         """For people: the baseline's name or the values of the axes, and the seed."""
-        given = [f"{name}={shown(value)}" for name, value in self.axes.items()]
+        short = shortest_names(self.axes)
+        given = [f"{short[name]}={shown(value)}" for name, value in self.axes.items()]
         return ", ".join([*([self.baseline] if self.baseline else given), f"seed={self.seed}"])
 
 
@@ -90,8 +98,33 @@ def make_trial(
 
 def origin_of(sweep: Sweep, trial: Trial, dotted: str) -> str:
     """`file:line` (or `--set …`) that gave this trial this setting, or the nearest around it."""
-    tree = _tree(sweep, _request(sweep, trial.axes, trial.baseline, trial.seed))
+    assignment = {name: value for name, value in trial.axes.items() if name != RUNG}
+    request = _request(sweep, assignment, trial.baseline, trial.seed)
+    tree = _tree(sweep, replace(request, rung=trial.rung))
     return str(tree.nearest(_parts(dotted)).origin)
+
+
+def next_rung(sweep: Sweep, survivors: Iterable[Trial], rung: int) -> Iterator[Trial]:
+    """The same configurations in a later rung of the race. Raises `SpecError`."""
+    for trial in survivors:
+        assignment = {name: value for name, value in trial.axes.items() if name != RUNG}
+        request = replace(_request(sweep, assignment, trial.baseline, trial.seed), rung=rung)
+        made = _make(sweep, request)
+        if not isinstance(made, Trial):
+            tree = _tree(sweep, request)
+            raise SpecError(*(problem.message(tree) + request.note for problem in made))
+        yield made
+
+
+def source_shape(config: TrialConfig) -> Shape:
+    """The shape of a trial's source model. Raises `ValueError` where it cannot be known."""
+    key = (hash_of(identity(config.source)), hash_of(identity(config.corpus)))
+    if key not in _SHAPES:
+        _SHAPES[key] = shape_of(source_config(config.source, config.corpus))
+    return _SHAPES[key]
+
+
+_SHAPES: dict[tuple[str, str], Shape] = {}
 
 
 # --- one trial -------------------------------------------------------------------------------
@@ -104,6 +137,7 @@ class _Request:
     values: Mapping[str, Node] = field(default_factory=dict)
     baseline: str | None = None
     seed: int = 0
+    rung: int | None = None
 
     @property
     def note(self) -> str:
@@ -112,7 +146,7 @@ class _Request:
             return ""
         if self.baseline:
             return f" (in the baseline {self.baseline})"
-        given = ", ".join(f"{name}={shown(node.plain())}" for name, node in self.values.items())
+        given = ", ".join(f"{name}={shown(node.told())}" for name, node in self.values.items())
         return f" (in the trial with {given})" if given else ""
 
 
@@ -140,9 +174,11 @@ def _make(sweep: Sweep, request: _Request) -> Trial | list[Problem]:
     config, problems = build_trial(_tree(sweep, request))
     if config is None:
         return problems
-    axes = {name: node.plain() for name, node in request.values.items()}
+    axes = {name: node.told() for name, node in request.values.items()}
+    if request.rung is not None and request.baseline is None:
+        axes[RUNG] = sweep.scheduler.rungs[request.rung].name
     trial_id = hash_of(identity(config))[:12]
-    return Trial(trial_id, config, axes, request.baseline, request.seed)
+    return Trial(trial_id, config, axes, request.baseline, request.seed, request.rung)
 
 
 def _tree(sweep: Sweep, request: _Request) -> Node:
@@ -151,11 +187,16 @@ def _tree(sweep: Sweep, request: _Request) -> Node:
     if request.baseline == TEACHER:
         nothing = Node(None, tree.origin)
         tree = tree.with_entry("prune", nothing).with_entry("distill", nothing)
+        tree = tree.with_entry("chain", Node((), tree.origin))
     elif request.baseline:
         tree = merge(tree, _baseline(sweep, request.baseline))
     # A name inside another one (a.b and a) is laid over it, in whatever order they are listed.
     for name in sorted(request.values, key=lambda name: (name.count("."), name)):
-        tree = merge(tree, nest(name, request.values[name]))
+        node = request.values[name]
+        tree = merge(tree, nest(name, node) if node.name is None else undotted(node))
+    if request.rung is not None:
+        rung = sweep.tree.at(("scheduler", "rungs", request.rung, "set"))
+        tree = merge(tree, undotted(rung)) if rung is not None and rung.mapping else tree
     seeds = sweep.tree.child("seeds")
     return tree.with_entry("seed", Node(request.seed, seeds.origin if seeds else tree.origin))
 
@@ -167,12 +208,26 @@ def _baseline(sweep: Sweep, name: str) -> Node:
 
 
 def _requests(sweep: Sweep, grid: Grid, left_out: list[LeftOut]) -> Iterator[_Request]:
-    """What to make trials of, in order; adds what exclusions take away to `left_out`."""
-    yield _Request(baseline=TEACHER, seed=sweep.seeds[0])
-    yield from _grid_requests(sweep, grid, left_out)
+    """What to make trials of, in order; adds what is taken away to `left_out`."""
+    race = sweep.scheduler.method == "race"
+    for seed in sweep.seeds if _teacher_has_seeds(sweep) else sweep.seeds[:1]:
+        yield _Request(baseline=TEACHER, seed=seed)
+    for request in _constrained(sweep, _grid_requests(sweep, grid, left_out), left_out):
+        yield replace(request, rung=0) if race else request
     for name in sweep.baselines:
         for seed in sweep.seeds:
-            yield _Request(baseline=name, seed=seed)
+            # A baseline is compared with those that ran the whole race.
+            last = len(sweep.scheduler.rungs) - 1 if race else None
+            yield _Request(baseline=name, seed=seed, rung=last)
+
+
+def _teacher_has_seeds(sweep: Sweep) -> bool:
+    """Whether every seed pretrains a source of its own."""
+    source = sweep.base.child("source")
+    if source is None or source.kind != "scratch":
+        return False
+    seed = source.child("seed")
+    return seed is None or seed.value is None
 
 
 def _grid_requests(sweep: Sweep, grid: Grid, left_out: list[LeftOut]) -> Iterator[_Request]:
@@ -185,7 +240,7 @@ def _grid_requests(sweep: Sweep, grid: Grid, left_out: list[LeftOut]) -> Iterato
             for name, node in zip(axis.names, row, strict=True)
         }
         values = grid.active(every)
-        given = {name: node.plain() for name, node in values.items()}
+        given = {name: node.told() for name, node in values.items()}
         key = key_of(given)
         if key in seen:  # it differs in an axis that does not apply: one trial, as expected
             continue
@@ -202,6 +257,107 @@ def _grid_requests(sweep: Sweep, grid: Grid, left_out: list[LeftOut]) -> Iterato
     if not some:
         origin = sweep.tree.nearest(("exclude",)).origin
         raise SpecError(f"{origin}: exclude: no trial is left")
+
+
+# --- constraints -----------------------------------------------------------------------------
+
+
+def _constrained(
+    sweep: Sweep, requests: Iterable[_Request], left_out: list[LeftOut]
+) -> Iterable[_Request]:
+    """The requests whose shape meets the sweep's constraints. Raises `SpecError` without any."""
+    constraints = sweep.constraints
+    if not constraints:
+        return requests
+    shapes = _Shapes(sweep)
+    met: list[tuple[_Request, Shape, Shape]] = []
+    missed: list[tuple[float, _Request, str]] = []
+    for request in requests:
+        shape, source = shapes.of(request)
+        if (why := constraints.unmet(shape, source)) is None:
+            met.append((request, shape, source))
+            continue
+        missed.append((constraints.excess(shape, source), request, why))
+        if request.seed == sweep.seeds[0]:  # it is the same for the others
+            left_out.append(LeftOut(_given(request), why))
+    if not met:
+        nearest = min(missed, key=lambda each: each[0])
+        given = ", ".join(f"{name}={shown(value)}" for name, value in _given(nearest[1]).items())
+        origin = sweep.tree.nearest(("constraints",)).origin
+        count = len(missed) // len(sweep.seeds)
+        raise SpecError(
+            f"{origin}: constraints: none of {count} candidates meets them; the nearest, {given}, "
+            f"has {nearest[2]}"
+        )
+    if constraints.nearest is None:
+        return [request for request, _, _ in met]
+    return _nearest(sweep, met, left_out)
+
+
+def _nearest(
+    sweep: Sweep, met: list[tuple[_Request, Shape, Shape]], left_out: list[LeftOut]
+) -> list[_Request]:
+    """Those of the shapes nearest the target; the earlier of equally near ones."""
+    distances: dict[Sizes, float] = {}
+    for _, shape, source in met:
+        distances.setdefault(shape.sizes, sweep.constraints.distance(shape, source))
+    limit = sweep.constraints.nearest
+    kept = set(sorted(distances, key=lambda sizes: distances[sizes])[:limit])
+    reason = f"meets the constraints, but {limit} shapes are nearer the target"
+    far = [request for request, shape, _ in met if shape.sizes not in kept]
+    left_out += [LeftOut(_given(r), reason) for r in far if r.seed == sweep.seeds[0]]
+    return [request for request, shape, _ in met if shape.sizes in kept]
+
+
+def _given(request: _Request) -> dict[str, Any]:
+    return {name: node.told() for name, node in request.values.items()}
+
+
+SHAPE_AXES = ("prune.depth.keep", *(f"prune.width.{name}" for name in WIDTHS))
+
+
+class _Shapes:
+    """Shapes of requested trials. To type a whole trial takes a millisecond and a space may hold
+    tens of thousands, so trials that differ only in sizes are typed once."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._typed: dict[str, tuple[PruneSettings | None, Shape]] = {}
+
+    def of(self, request: _Request) -> tuple[Shape, Shape]:
+        """The shape of the trial's student and of its source. Raises `SpecError`."""
+        sizes = {n: v.plain() for n, v in request.values.items() if n in SHAPE_AXES}
+        rest = {n: v.told() for n, v in request.values.items() if n not in SHAPE_AXES}
+        key = key_of(rest)
+        if key not in self._typed:
+            self._typed[key] = self._type(request)
+        prune, source = self._typed[key]
+        if prune is None:
+            return source, source
+        return source.resized(_with_sizes(prune, sizes).target(source)), source
+
+    def _type(self, request: _Request) -> tuple[PruneSettings | None, Shape]:
+        made = _make(self._sweep, request)
+        tree = _tree(self._sweep, request)
+        if not isinstance(made, Trial):
+            raise SpecError(*(problem.message(tree) + request.note for problem in made))
+        try:
+            return made.config.prune, source_shape(made.config)
+        except (ValueError, OSError) as error:
+            origin = tree.nearest(("source",)).origin
+            raise SpecError(f"{origin}: source: {error}") from error
+
+
+def _with_sizes(prune: PruneSettings, sizes: Mapping[str, Any]) -> PruneSettings:
+    depth, width = prune.depth, prune.width
+    if depth is not None and "prune.depth.keep" in sizes:
+        depth = depth.model_copy(update={"keep": sizes["prune.depth.keep"]})
+    widths = {
+        name: sizes[f"prune.width.{name}"] for name in WIDTHS if f"prune.width.{name}" in sizes
+    }
+    if width is not None and widths:
+        width = width.model_copy(update=widths)
+    return prune.model_copy(update={"depth": depth, "width": width})
 
 
 def _parts(dotted: str) -> tuple[Part, ...]:

@@ -12,16 +12,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from orchestrator import schema
+from orchestrator.asked import METRICS, RUNG, Claim, Select
+from orchestrator.candidates import Constraints
 from orchestrator.located import (
     LocatedError,
     Node,
     Origin,
+    Part,
     dump,
     merge,
     nest,
@@ -29,30 +32,14 @@ from orchestrator.located import (
     read_value,
     undotted,
 )
-from orchestrator.settings import (
-    DepthSettings,
-    DistillSettings,
-    EvaluateSettings,
-    Explicit,
-    ImportanceSettings,
-    PruneSettings,
-    RandomLayers,
-    TrialConfig,
-    build_trial,
-    known_harness_tasks,
-)
+from orchestrator.scheduling import Scheduler
+from orchestrator.settings import TrialConfig, build_trial, known_harness_tasks
+from orchestrator.winners import NoWinnerError, find_winners
 from orchestrator.wording import Problem, choices, hint, nearest_first, validate
 from trainers.config import Frozen
 
 __all__ = [
     "NAME",
-    "DepthSettings",
-    "DistillSettings",
-    "EvaluateSettings",
-    "Explicit",
-    "ImportanceSettings",
-    "PruneSettings",
-    "RandomLayers",
     "Resources",
     "Select",
     "SpecError",
@@ -74,20 +61,6 @@ class SpecError(Exception):
     def __init__(self, *messages: str) -> None:
         self.messages = tuple(dict.fromkeys(messages))
         super().__init__("\n".join(self.messages))
-
-
-class Select(Frozen):
-    """What makes a trial the winner. Losses are best low, anything else high, unless said."""
-
-    metric: str = "accuracy.mean"
-    mode: Literal["max", "min"] = "max"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _losses_are_best_low(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "mode" not in data and "loss" in str(data.get("metric")):
-            return {**data, "mode": "min"}
-        return data
 
 
 class Resources(Frozen):
@@ -129,7 +102,10 @@ class SweepFile(Frozen):
     exclude: tuple[dict[str, Any], ...] = ()
     baselines: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     seeds: Seeds = (0,)
+    constraints: Constraints = Constraints()
+    scheduler: Scheduler = Scheduler()
     select: Select = Select()
+    claims: tuple[Claim, ...] = ()
     resources: Resources = Resources()
 
 
@@ -146,6 +122,13 @@ class Sweep(SweepFile):
         """The settings all trials share, with their places."""
         return self.tree.child("trial") or Node({}, self.tree.origin)
 
+    @property
+    def finalists(self) -> dict[str, Any] | None:
+        """Which trials of the grid can win; None where all can."""
+        if self.select.among is None and self.scheduler.rungs:
+            return {RUNG: self.scheduler.rungs[-1].name}
+        return self.select.among
+
     def resolved(self, relative_to: Path | None = None) -> dict[str, Any]:
         """The sweep with everything inline, as a sweep file that needs no profile.
 
@@ -159,7 +142,10 @@ class Sweep(SweepFile):
             "merged": True,
             **{key: tree.mapping[key].plain() for key in VARYING if key in tree.mapping},
             "seeds": list(self.seeds),
-            "select": self.select.model_dump(),
+            "constraints": self.constraints.model_dump(exclude_none=True),
+            "scheduler": self.scheduler.model_dump(exclude_none=True),
+            "select": self.select.model_dump(exclude_none=True),
+            **({"claims": tree.mapping["claims"].plain()} if self.claims else {}),
             "resources": self.resources.model_dump(),
         }
 
@@ -177,8 +163,15 @@ class ProfileFile(Frozen):
     resources: Resources = Resources()
 
 
-def load(sweep: Path, profile: str | None = None, overrides: Sequence[str] = ()) -> Sweep:
+def load(
+    sweep: Path,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    results: Path = Path("results"),
+) -> Sweep:
     """A sweep file with a profile (by default the one it names) and `key=value` overrides.
+
+    Winners of other sweeps that serve as sources are looked for under `results`.
 
     Axes, exclusions and baselines are checked when trials are made of them (`orchestrator.space`).
     Raises `SpecError`.
@@ -198,6 +191,10 @@ def load(sweep: Path, profile: str | None = None, overrides: Sequence[str] = ())
         tree, trouble = _set(tree, key, node)
         messages += trouble
     tree = _with_seeds(tree)
+    try:
+        tree = find_winners(tree, results, name)
+    except NoWinnerError as error:
+        raise SpecError(str(error)) from None
     valid, problems = validate(SweepFile, tree)
     messages += [p.message(tree) for p in problems] + _base_problems(tree)
     if messages or valid is None:
@@ -367,9 +364,16 @@ def _base_problems(tree: Node) -> list[str]:
         return []
     axes = [tuple(name.split(".")) for name in _axes(tree) if name != "seed"]
     config, problems = build_trial(base)
+    if config is None and _has_variants(tree):
+        return []  # a variant may mend anything; what it does not is told of the trials
     if config is None:
         return [p.message(base) for p in problems if not _mendable(p, axes)]
-    return [] if any(axis[0] == "evaluate" for axis in axes) else _select_problems(tree, config)
+    return [] if any(axis[0] == "evaluate" for axis in axes) else _metric_problems(tree, config)
+
+
+def _has_variants(tree: Node) -> bool:
+    axes = tree.child("axes")
+    return axes is not None and any(node.child("variants") for node in axes.mapping.values())
 
 
 def _mendable(problem: Problem, axes: Sequence[tuple[str, ...]]) -> bool:
@@ -380,21 +384,33 @@ def _mendable(problem: Problem, axes: Sequence[tuple[str, ...]]) -> bool:
     )
 
 
-def _select_problems(tree: Node, config: TrialConfig) -> list[str]:
-    """Whether the metric that chooses the winner is one that is measured."""
+def _metric_problems(tree: Node, config: TrialConfig) -> list[str]:
+    """Whether the metrics that choose the winner and that claims are about are measured."""
     node = tree.at(("select", "metric"))
-    metric = node.value if node else Select().metric
+    problems = [
+        _metric_problem(("select", "metric"), node.value if node else Select().metric, config)
+    ]
+    claims = tree.child("claims")
+    for index, claim in enumerate(claims.sequence if claims else ()):
+        for keys in METRICS:
+            if (node := claim.at(keys)) is not None:
+                problems.append(_metric_problem(("claims", index, *keys), node.value, config))
+    return [problem.message(tree) for problem in problems if problem]
+
+
+def _metric_problem(parts: tuple[Part, ...], metric: Any, config: TrialConfig) -> Problem | None:
     if not isinstance(metric, str) or metric.startswith("throughput."):
-        return []
+        return None
+    choosing = parts[0] == "select"
     measured = [f"{loss}.{when}" for loss in ("lm_loss", "kd_loss") for when in ("after", "before")]
-    if config.evaluate.tasks:
-        measured += [f"accuracy.{task.name}" for task in config.evaluate.tasks] + ["accuracy.mean"]
+    tasks = [task.name for task in config.evaluate.tasks]
+    for half in ("accuracy",) if choosing else ("accuracy", "accuracy_report"):
+        measured += [f"{half}.{name}" for name in (*tasks, "mean") if tasks]
     if metric in measured:
-        return []
+        return None
     why = "is not measured"
-    if metric.startswith("accuracy_report"):
+    if metric.startswith("accuracy_report") and choosing:
         why = "may not choose the winner: that half of the questions is kept for the report"
     elif metric.startswith("accuracy.") and not config.evaluate.tasks:
         why = "is not measured: evaluate.tasks is empty"
-    text = f"'{metric}' {why}{choices(metric, sorted(measured))}"
-    return [Problem(("select", "metric"), text).message(tree)]
+    return Problem(parts, f"'{metric}' {why}{choices(metric, sorted(measured))}")

@@ -45,8 +45,8 @@ STAGES: Mapping[str, StageType] = {
             uses_seed=True,
             may_use_all_cores=True,
         ),
-        StageType("importance", ImportanceConfig, "trainers.importance:run", 1),
-        StageType("prune", PruneConfig, "trainers.prune:run", 1, uses_seed=True),
+        StageType("importance", ImportanceConfig, "trainers.importance:run", 2),
+        StageType("prune", PruneConfig, "trainers.prune:run", 2, uses_seed=True),
         StageType("distill", DistillConfig, "trainers.distill:run", 1, uses_seed=True),
         StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 1),
     )

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.asked import Claim
+from orchestrator.claims import Verdict, judge
 from orchestrator.records import TEACHER, Records, StageRecord, TrialRecord
 from orchestrator.selection import (
     Estimate,
@@ -138,13 +140,17 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
     return paths
 
 
-def all_tables(records: Records, ranking: Ranking | None) -> tuple[Table, ...]:
-    """Every table of a sweep: trials, main effects, configurations and cost."""
+def all_tables(
+    records: Records, ranking: Ranking | None, asked: Sequence[Claim] = ()
+) -> tuple[Table, ...]:
+    """Every table of a sweep: trials, main effects, configurations, cost and, where the sweep
+    makes some, claims."""
     return (
         trials(records),
         main_effects(records),
         configurations(records, ranking),
         cost(records),
+        *((claims(records, asked),) if asked else ()),
     )
 
 
@@ -436,6 +442,47 @@ def _cost_row(
         total(run, lambda stage: stage.gpu_s),
         total(shared, lambda stage: stage.gpu_s),
         total(run, lambda stage: stage.wall_s),
+    )
+
+
+# --- claims ----------------------------------------------------------------------------------
+
+
+def claims(records: Records, asked: Sequence[Claim]) -> Table:
+    """A row per claim of the sweep, in its order: the effect with its interval, and the verdict."""
+    return Table(
+        "claims",
+        f"Claims. {scale(records)} Effect: the difference between trials that differ in nothing "
+        "else, positive where it speaks for the claim, in the metric's unit; of rankings Kendall's "
+        "tau. Low, high: its 95% interval, Student's t over seeds unless the note says otherwise. "
+        "Undecided: the interval reaches both sides, or there is none.",
+        (
+            Column("practice", 0),
+            Column("claim"),
+            Column("metric"),
+            *(Column(name, 3) for name in ("effect", "low", "high")),
+            Column("verdict"),
+            Column("pairs", 0),
+            Column("seeds", 0),
+            Column("published"),
+            Column("note"),
+        ),
+        tuple(_claim_row(verdict) for verdict in judge(records, asked)),
+    )
+
+
+def _claim_row(verdict: Verdict) -> tuple[Cell, ...]:
+    effect = _cells(verdict.effect) if verdict.effect else (None, None, None)
+    return (
+        verdict.practice,
+        verdict.text,
+        verdict.metric,
+        *effect,
+        verdict.verdict,
+        verdict.pairs,
+        verdict.seeds,
+        verdict.published,
+        verdict.note,
     )
 
 

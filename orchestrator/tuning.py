@@ -220,9 +220,11 @@ def run(
     checkpoint_every_s: float,
     address: str | None = None,
     max_concurrent: int | None = None,
+    more: Callable[[], Sequence[Job]] = tuple,
 ) -> Summary:
-    """Run all jobs to their end. Ctrl-C once saves and stops, twice stops at once."""
-    queue = JobQueue(list(jobs))
+    """Run all jobs to their end, and those that `more` gives when none is left. Ctrl-C once saves
+    and stops, twice stops at once."""
+    queue = JobQueue(list(jobs), more)
     desk = _Desk(queue, place, ledger, mirror, watcher)
     place.stop_file.unlink(missing_ok=True)
     with _ray(address) as cores, _scratch() as scratch, _interruptible(queue, place.stop_file):

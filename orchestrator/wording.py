@@ -53,6 +53,19 @@ def choices(word: str, allowed: Sequence[str]) -> str:
     return f"{hint(word, allowed)}; allowed: {', '.join(allowed) or 'none'}"
 
 
+def shortest_names(names: Iterable[str]) -> dict[str, str]:
+    """Dotted name -> the shortest end of it that no other of the names shares."""
+    listed = sorted(names)
+    return {name: _shortest(name, listed) for name in listed}
+
+
+def _shortest(name: str, names: Sequence[str]) -> str:
+    parts = name.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    rivals = [f".{other}" for other in names if other != name]
+    return next((end for end in ends if not any(r.endswith(f".{end}") for r in rivals)), name)
+
+
 def validate(
     model: type[Model], tree: Node, extra_keys: tuple[str, ...] = ()
 ) -> tuple[Model | None, list[Problem]]:

@@ -15,6 +15,7 @@ PROFILE: dict[str, Any] = {
     "trial": {
         "source": {
             "kind": "scratch",
+            "seed": 0,
             "shape": {
                 "hidden_size": 32,
                 "intermediate_size": 64,

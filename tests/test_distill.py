@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoTokenizer, PreTrainedModel
 
-from trainers import checkpoints, corpus, distill, evaluate, prune
+from trainers import checkpoints, corpus, distill, evaluate, surgery
 from trainers.config import DistillConfig, DistillLoss, GeneratedCorpus, Training
 from trainers.contract import StageError
 from trainers.shapes import shape_of
@@ -27,7 +27,7 @@ IDS = torch.arange(36).reshape(3, 12)
 def pruned(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model without its layers 1 and 2."""
     folder = tmp_path_factory.mktemp("pruned")
-    prune.drop_layers(artifact / "model", folder / "model", (1, 2))
+    surgery.operate(artifact / "model", folder / "model", surgery.Cut(layers=(0, 3)))
     return folder
 
 

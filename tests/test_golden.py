@@ -24,9 +24,14 @@ GOLDEN = Path(__file__).parent / "golden.json"
 def computed(folder: Path) -> dict[str, dict[str, float]]:
     """A few numbers from every stage, run one after the other on the smallest of models."""
     from trainers import acquire, distill, evaluate, importance, pretrain, prune
+    from trainers.activations import FILE, ActivationStatistics
+    from trainers.checkpoints import load_model
     from trainers.config import (
         AcquireConfig,
+        Activations,
+        ByActivation,
         ByScore,
+        DepthCut,
         DistillConfig,
         EvaluateConfig,
         FolderModel,
@@ -38,6 +43,7 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
         PretrainConfig,
         PruneConfig,
         Training,
+        WidthCut,
     )
     from trainers.contract import StageContext, StageResult
 
@@ -55,9 +61,9 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
     )
 
     def run(
-        stage: Callable[[Any], StageResult], config: Any, **inputs: Path
+        stage: Callable[[Any], StageResult], config: Any, name: str = "", **inputs: Path
     ) -> tuple[Path, dict[str, float]]:
-        out = folder / type(config).__name__
+        out = folder / (name or type(config).__name__)
         out.mkdir()
         result = stage(StageContext(config, inputs, out, seed=1))
         return out, dict(result.metrics) | {"tokens": result.tokens, "flops": result.flops}
@@ -70,17 +76,35 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
     _, found["acquire"] = run(acquire.run, AcquireConfig(source=held))
     scored, found["importance"] = run(
         importance.run,
-        ImportanceConfig(criterion=Perplexity(samples=4), corpus=corpus, block_lengths=(1, 2)),
+        ImportanceConfig(criterion=Perplexity(samples=4, block_lengths=(1, 2)), corpus=corpus),
         model=source,
     )
+    activations, _ = run(
+        importance.run,
+        ImportanceConfig(criterion=Activations(samples=4), corpus=corpus),
+        "activations",
+        model=source,
+    )
+    seen = ActivationStatistics.load(activations / FILE)
+    for units in ("down_input", "pre_activation", "heads", "groups", "channels"):
+        total = float(seen.scores(units, "l2", "mean").sum())  # type: ignore[arg-type]
+        found["importance"][f"{units} in all"] = total
     for row in map(json.loads, (scored / "scores.jsonl").read_text().splitlines()):
         found["importance"][f"{row['name']} {row['block_length']} {row['last']}"] = row["value"]
     pruned, found["prune"] = run(
         prune.run,
-        PruneConfig(num_hidden_layers=2, choice=ByScore()),
+        PruneConfig(
+            depth=DepthCut(num_hidden_layers=2, choice=ByScore()),
+            width=WidthCut(
+                intermediate_size=20, hidden_size=12, num_attention_heads=1, choice=ByActivation()
+            ),
+        ),
         model=source,
         importance=scored,
+        activations=activations,
     )
+    weights = load_model(pruned / "model").state_dict()
+    found["prune"] |= {name: float(tensor.abs().sum()) for name, tensor in weights.items()}
     for number, layer in enumerate(json.loads((pruned / "dropped_layers.json").read_text())):
         found["prune"][f"dropped {number}"] = layer
     student, found["distill"] = run(

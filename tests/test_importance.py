@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import MakeContext, SaveArtifact
+from families_at_hand import VARIANTS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainers import checkpoints, corpus, importance, prune, questions
+from trainers import ablation, activations, checkpoints, corpus, importance, language, questions
+from trainers.activations import ActivationStatistics
 from trainers.config import (
-    BlockInfluence,
+    Activations,
     GeneratedCorpus,
     GeneratedTask,
     ImportanceConfig,
     Perplexity,
     TaskAccuracy,
 )
-from trainers.contract import StageError, read_rows
+from trainers.contract import Silent, StageError, Ticker, read_rows
 from trainers.evaluate import lm_loss
+from trainers.shapes import shape_of
 
 CORPUS = GeneratedCorpus(block_length=16, training_blocks=4, calibration_blocks=11)
 IDLE = 2
@@ -63,8 +68,12 @@ def scores(out: Path, name: str = "importance") -> dict[tuple[int, int], float]:
     return {(row["block_length"], row["last"]): row["value"] for row in rows if row["name"] == name}
 
 
-def config_of(criterion: Any, lengths: tuple[int, ...] = (1, 2)) -> ImportanceConfig:
-    return ImportanceConfig(criterion=criterion, corpus=CORPUS, block_lengths=lengths)
+def config_of(criterion: Any) -> ImportanceConfig:
+    return ImportanceConfig(criterion=criterion, corpus=CORPUS)
+
+
+def perplexity(samples: int, lengths: tuple[int, ...] = (1, 2)) -> Perplexity:
+    return Perplexity(samples=samples, block_lengths=lengths)
 
 
 # --- leaving layers out ----------------------------------------------------------------------
@@ -76,7 +85,7 @@ def test_a_model_without_a_block_equals_one_built_from_the_other_layers(
 ) -> None:
     with torch.no_grad():
         expected = without_layers(model, first, length)(blocks).logits
-        with importance.left_out(model, first, length) as shorter:
+        with ablation.left_out(model, first, length) as shorter:
             found = shorter(blocks).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -106,7 +115,7 @@ def test_layers_of_several_kinds_keep_their_kind_when_others_are_left_out() -> N
     smaller.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     smaller.lm_head.load_state_dict(model.lm_head.state_dict())
     ids = torch.arange(12)[None]
-    with torch.no_grad(), importance.left_out(model, 0, 1) as shorter:
+    with torch.no_grad(), ablation.left_out(model, 0, 1) as shorter:
         torch.testing.assert_close(shorter(ids).logits, smaller(ids).logits, rtol=0, atol=1e-6)
     assert model.config.layer_types == kinds
 
@@ -118,7 +127,7 @@ def test_the_model_is_whole_again_after_a_block_was_left_out(
     before = model(blocks).logits.detach()
     layers = list(model.model.layers)
     try:
-        with importance.left_out(model, 1, 2):
+        with ablation.left_out(model, 1, 2):
             assert len(model.model.layers) == model.config.num_hidden_layers == 2
             if failing:
                 raise RuntimeError
@@ -130,7 +139,7 @@ def test_the_model_is_whole_again_after_a_block_was_left_out(
 
 
 def test_every_contiguous_block_of_each_length_is_scored() -> None:
-    assert importance.blocks_of_layers(4, (1, 3)) == [
+    assert ablation.blocks_of_layers(4, (1, 3)) == [
         (0, 1),
         (1, 1),
         (2, 1),
@@ -140,48 +149,54 @@ def test_every_contiguous_block_of_each_length_is_scored() -> None:
     ]
 
 
-# --- Block Influence -------------------------------------------------------------------------
+# --- for the price of the layers behind ------------------------------------------------------
 
 
-def residual_stream(model: PreTrainedModel, blocks: Tensor) -> list[Tensor]:
-    """What goes into each layer, and what comes out of the last, before the final norm."""
-    stream: list[Tensor] = []
-    last = model.model.layers[-1].register_forward_hook(
-        lambda _module, _inputs, output: stream.append(
-            output[0] if isinstance(output, tuple) else output
-        )
-    )
-    with torch.no_grad():
-        hidden = model(blocks, output_hidden_states=True).hidden_states
-    last.remove()
-    return [*hidden[:-1], stream[0]]
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_hidden_states_without_a_block_equal_those_of_really_leaving_it_out(name: str) -> None:
+    model = tiny_model(name)
+    ids = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
+    places = ablation.blocks_of_layers(4, (1, 2, 3))
+    intact, *found = ablation.hidden_without(model, ids, places)
+    assert torch.equal(intact, checkpoints.final_hidden(model, ids))
+    for (first, length), hidden in zip(places, found, strict=True):
+        with ablation.left_out(model, first, length) as shorter:
+            expected = checkpoints.final_hidden(shorter, ids)
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+    assert not any(layer._forward_pre_hooks for layer in activations.layers_of(model))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 2, 3)])
-def test_block_influence_equals_one_minus_the_mean_cosine_of_every_block(
-    model: PreTrainedModel, blocks: Tensor, lengths: tuple[int, ...]
-) -> None:
-    ticks: list[int] = []
-    found = importance.block_influence(model, blocks, lengths, ticks.append)
-    stream = residual_stream(model, blocks)
-    assert len(stream) == 5
-    naive = {
-        (first, length): 1
-        - float(F.cosine_similarity(stream[first], stream[first + length], dim=-1).mean())
-        for length in lengths
-        for first in range(4 - length + 1)
-    }
-    assert found == pytest.approx(naive, abs=1e-5)
-    assert sum(ticks) == len(blocks)
-    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_without_a_block_equal_those_of_really_leaving_it_out(name: str) -> None:
+    model = tiny_model(name)
+    ids = torch.randint(64, (11, 12), generator=torch.Generator().manual_seed(0))
+    places = ablation.blocks_of_layers(4, (1, 3))
+    intact, *found = importance.losses_without(model, ids, places, Ticker(Silent(), 11))
+    assert intact == pytest.approx(lm_loss(model, ids), abs=1e-6)
+    for (first, length), loss in zip(places, found, strict=True):
+        with ablation.left_out(model, first, length) as shorter, torch.no_grad():
+            expected = float(shorter(input_ids=ids, labels=ids).loss)
+        assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_only_the_layers_behind_a_block_are_paid_for(tiny_config: dict[str, Any]) -> None:
+    shape = shape_of(tiny_config)
+    head = 2 * 100 * shape.vocab_size * shape.hidden_size
+    layer = (shape.forward_flops(100, 10) - head - 2 * 100 * shape.hidden_size) / 4
+    norm = 2 * 100 * shape.hidden_size
+    found = importance.flops_of(shape, 100, 10, [(0, 1), (1, 2), (3, 1)], head=True)
+    assert found == pytest.approx((4 + 3 + 1 + 0) * layer + 4 * (head + norm))
+    alone = importance.flops_of(shape, 100, 10, [(0, 1), (1, 2), (3, 1)], head=False)
+    assert found - alone == pytest.approx(4 * head)
 
 
 # --- the stage -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", [Perplexity(samples=9), BlockInfluence(samples=9)])
-def test_a_layer_that_does_nothing_scores_zero_and_is_dropped_first(
-    with_idle_layer: Path, make_context: MakeContext, criterion: Perplexity | BlockInfluence
+@pytest.mark.parametrize("criterion", [perplexity(9), Activations(samples=9)])
+def test_a_layer_that_does_nothing_scores_zero_and_every_other_more(
+    with_idle_layer: Path, make_context: MakeContext, criterion: Perplexity | Activations
 ) -> None:
     context = make_context(config_of(criterion), model=with_idle_layer)
     importance.run(context)
@@ -189,14 +204,32 @@ def test_a_layer_that_does_nothing_scores_zero_and_is_dropped_first(
     assert found[1, IDLE] == pytest.approx(0, abs=1e-5)
     others = [value for (length, last), value in found.items() if (length, last) != (1, IDLE)]
     assert min(map(abs, others)) > 1e-3
-    if criterion.kind == "block_influence":
-        assert prune.single_layers(found, 1) == (IDLE,)
+
+
+def test_activation_importance_scores_every_block_and_every_unit(
+    artifact: Path, model: PreTrainedModel, blocks: Tensor, make_context: MakeContext
+) -> None:
+    context = make_context(config_of(Activations(samples=9)), model=artifact)
+    result = importance.run(context)
+    statistics, influence = activations.collect(model, blocks[:9])
+    expected = {(n, first + n - 1): value for (first, n), value in influence.items()}
+    assert len(expected) == 4 + 3 + 2 + 1
+    for name in ("importance", "block_influence"):
+        assert scores(context.out, name) == pytest.approx(expected, abs=1e-7)
+    assert {row["criterion"] for row in read_rows(context.out / "scores.jsonl")} == {
+        "block_influence"
+    }
+    written = ActivationStatistics.load(context.out / activations.FILE)
+    assert written.samples == 9
+    for name, sums in statistics.sums.items():
+        torch.testing.assert_close(written.sums[name], sums)
+    assert result.tokens == 9 * 16
 
 
 def test_perplexity_importance_is_the_rise_of_the_loss(
     artifact: Path, model: PreTrainedModel, blocks: Tensor, make_context: MakeContext
 ) -> None:
-    context = make_context(config_of(Perplexity(samples=5)), model=artifact)
+    context = make_context(config_of(perplexity(5)), model=artifact)
     result = importance.run(context)
     intact = lm_loss(model, blocks[:5])
     naive = {
@@ -207,13 +240,15 @@ def test_perplexity_importance_is_the_rise_of_the_loss(
     assert scores(context.out, "lm_loss") == pytest.approx(naive | {(0, -1): intact}, abs=1e-6)
     rises = {place: value - intact for place, value in naive.items()}
     assert scores(context.out) == pytest.approx(rises, abs=1e-6)
-    assert result.tokens == 5 * 16 * (1 + 7)
+    assert result.tokens == 5 * 16
+    whole = shape_of(model.config.to_dict()).forward_flops(5 * 16, 16)
+    assert whole < result.flops < (1 + 7) * whole
 
 
 def test_scoring_leaves_the_checkpoint_as_it_was(artifact: Path, make_context: MakeContext) -> None:
     files = sorted((artifact / "model").iterdir())
     before = [file.read_bytes() for file in files]
-    for kind in (Perplexity(samples=2), BlockInfluence(samples=2)):
+    for kind in (perplexity(2), Activations(samples=2)):
         importance.run(make_context(config_of(kind), model=artifact))
     assert [file.read_bytes() for file in sorted((artifact / "model").iterdir())] == before
 
@@ -228,7 +263,9 @@ def test_progress_is_told_to_the_end(artifact: Path, make_context: MakeContext) 
         def report(self, done: int, total: int, values: Any) -> None:
             self.heard.append((done, total))
 
-    for criterion in (Perplexity(samples=3), BlockInfluence(samples=11)):
+    task = GeneratedTask(name="agreement", limit=40)
+    by_task = TaskAccuracy(tasks=(task, task), block_lengths=(1,))
+    for criterion in (perplexity(3), Activations(samples=11), by_task):
         reporter = Listen()
         importance.run(make_context(config_of(criterion), reporter=reporter, model=artifact))
         assert reporter.heard == sorted(reporter.heard)
@@ -239,24 +276,30 @@ def test_a_block_as_long_as_the_model_is_an_error(
     artifact: Path, make_context: MakeContext
 ) -> None:
     with pytest.raises(StageError, match="block of 4 layers out of 4"):
-        importance.run(make_context(config_of(Perplexity(), (1, 4)), model=artifact))
+        importance.run(make_context(config_of(perplexity(2, (1, 4))), model=artifact))
 
 
-@pytest.mark.parametrize("criterion", [Perplexity(samples=2), BlockInfluence(samples=2)])
-def test_a_score_that_is_not_a_number_is_an_error_that_names_the_layer(
+@pytest.mark.parametrize(
+    ("criterion", "broken"),
+    [
+        (perplexity(2, (1,)), "lm_loss is nan for the intact model"),
+        (Activations(samples=2), "activations of layer 1's output are not finite"),
+    ],
+)
+def test_a_score_that_is_not_a_number_is_an_error_that_names_the_place(
     tiny_config: dict[str, Any],
     save_artifact: SaveArtifact,
     make_context: MakeContext,
-    criterion: Perplexity | BlockInfluence,
+    criterion: Perplexity | Activations,
+    broken: str,
 ) -> None:
     model = checkpoints.new_model(tiny_config, seed=0)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(math.nan)
-    context = make_context(config_of(criterion, (1,)), model=save_artifact(model))
-    broken = "intact model" if criterion.kind == "perplexity" else "layer 1"
-    with pytest.raises(StageError, match=f"nan.*{broken}"):
+    context = make_context(config_of(criterion), model=save_artifact(model))
+    with pytest.raises(StageError, match=broken):
         importance.run(context)
-    assert not (context.out / "scores.jsonl").exists()
+    assert not list(context.out.iterdir())
 
 
 def test_a_score_lost_with_one_layer_names_that_layer() -> None:
@@ -272,49 +315,145 @@ def answer(correct: float, score: float | None) -> questions.Answer:
     return questions.Answer("made_up", f"{correct}{score}", "select", correct, score)
 
 
-def harm(
-    monkeypatch: pytest.MonkeyPatch, intact: list[questions.Answer], found: list[questions.Answer]
-) -> float:
-    told = iter([intact, found])
-    monkeypatch.setattr(questions, "ask", lambda *_: next(told))
-    measure = importance._accuracy((), None)
-    return importance._harm(measure(None), measure(None))
+def harm(intact: list[questions.Answer], found: list[questions.Answer]) -> float:
+    return importance._harm(importance._accuracy(intact), importance._accuracy(found))
 
 
-def test_one_question_more_outvotes_any_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_question_more_outvotes_any_margin() -> None:
     intact = [answer(1, 5.0)] * 400
     few_lost = [answer(1, -1e6)] * 399 + [answer(0, -1e6)]
     more_lost = [answer(1, 1e6)] * 398 + [answer(0, 1e6)] * 2
-    assert harm(monkeypatch, intact, few_lost) < harm(monkeypatch, intact, more_lost)
+    assert harm(intact, few_lost) < harm(intact, more_lost)
 
 
-def test_equal_accuracies_are_ranked_by_the_mean_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_accuracies_are_ranked_by_the_mean_margin() -> None:
     intact = [answer(1, 2.0), answer(0, -1.0)]
     sure, unsure = (
         [answer(1, 1.5), answer(0, -1.0)],
         [answer(0, -0.1), answer(1, 0.1)],
     )
-    found = [harm(monkeypatch, intact, sure), harm(monkeypatch, intact, unsure)]
+    found = [harm(intact, sure), harm(intact, unsure)]
     assert found[0] < found[1]
     assert found == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_answers_without_margins_are_ranked_by_accuracy_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_answers_without_margins_are_ranked_by_accuracy_alone() -> None:
     intact, found = [answer(1, None), answer(1, None)], [answer(1, None), answer(0, None)]
-    assert harm(monkeypatch, intact, found) == 0.5
+    assert harm(intact, found) == 0.5
 
 
 def test_task_importance_is_the_fall_of_accuracy(
     with_idle_layer: Path, make_context: MakeContext
 ) -> None:
     task = GeneratedTask(name="agreement", limit=40)
-    context = make_context(config_of(TaskAccuracy(tasks=(task,)), (1,)), model=with_idle_layer)
-    importance.run(context)
+    context = make_context(
+        config_of(TaskAccuracy(tasks=(task,), block_lengths=(1,))), model=with_idle_layer
+    )
+    result = importance.run(context)
     accuracy, found = scores(context.out, "accuracy"), scores(context.out)
     intact = accuracy.pop((0, -1))
     assert found == pytest.approx(
         {place: intact - value for place, value in accuracy.items()}, abs=1e-6
     )
     assert found[1, IDLE] == pytest.approx(0, abs=1e-9)
+    assert result.tokens > 0
+    assert result.flops > 0
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_answers_without_a_block_equal_those_of_really_leaving_it_out(
+    model: PreTrainedModel, shots: int
+) -> None:
+    tasks = [
+        GeneratedTask(name="agreement", limit=30, shots=shots),
+        GeneratedTask(name="knowledge", limit=20),
+    ]
+    places = ablation.blocks_of_layers(4, (1, 2))
+    tokenizer = language.tokenizer()
+    (intact, *found), lengths = questions.ask_without(model, tokenizer, tasks, places)
+    same_answers(intact, questions.ask(model, tokenizer, tasks))
+    for (first, length), answers in zip(places, found, strict=True):
+        with ablation.left_out(model, first, length) as shorter:
+            same_answers(answers, questions.ask(shorter, tokenizer, tasks))
+    assert len(lengths) >= 50
+
+
+def same_answers(found: list[questions.Answer], expected: list[questions.Answer]) -> None:
+    assert [each.item_id for each in found] == [each.item_id for each in expected]
+    assert [each.correct for each in found] == [each.correct for each in expected]
+    assert [each.score for each in found] == pytest.approx(
+        [each.score for each in expected], abs=1e-4
+    )
+
+
+def test_a_request_is_run_once_for_all_variants(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    whole = questions.hidden_without
+
+    def counted(model: Any, tokens_BL: Tensor, places: Any) -> Any:
+        passes.append(len(tokens_BL))
+        return whole(model, tokens_BL, places)
+
+    monkeypatch.setattr(questions, "hidden_without", counted)
+    task = GeneratedTask(name="agreement", limit=30)
+    answers, lengths = questions.ask_without(
+        model, language.tokenizer(), [task], ablation.blocks_of_layers(4, (1,))
+    )
+    assert [len(each) for each in answers] == [30] * 5
+    assert sum(passes) == len(lengths)
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        Activations(samples=9),
+        perplexity(9, (1,)),
+        TaskAccuracy(tasks=(GeneratedTask(name="agreement", limit=300),), block_lengths=(1,)),
+    ],
+    ids=lambda criterion: criterion.kind,
+)
+def test_two_processes_come_to_the_scores_of_one(
+    artifact: Path,
+    make_context: MakeContext,
+    tmp_path: Path,
+    criterion: Activations | Perplexity | TaskAccuracy,
+) -> None:
+    config = config_of(criterion)
+    context = make_context(config, model=artifact)
+    alone = importance.run(context)
+    described = {"config": config.model_dump(mode="json"), "inputs": {"model": str(artifact)}}
+    (tmp_path / "stage.json").write_text(json.dumps(described))
+    both = tmp_path / "both"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command += ["-m", "trainers.importance", "--threads", "1"]
+    command += ["--config", str(tmp_path / "stage.json"), "--out", str(both)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected = read_rows(context.out / "scores.jsonl")
+    found = read_rows(both / "scores.jsonl")
+    assert [row | {"value": 0} for row in found] == [row | {"value": 0} for row in expected]
+    assert [row["value"] for row in found] == pytest.approx(
+        [row["value"] for row in expected], abs=1e-6
+    )
+    result = json.loads((both / "result.json").read_text())
+    assert (result["tokens"], result["flops"]) == (alone.tokens, alone.flops)
+    if isinstance(criterion, Activations):
+        one, two = (
+            ActivationStatistics.load(folder / activations.FILE) for folder in (context.out, both)
+        )
+        assert one.samples == two.samples
+        for name, sums in one.sums.items():
+            torch.testing.assert_close(two.sums[name], sums, rtol=1e-6, atol=1e-6)

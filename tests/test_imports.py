@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 EVERYTHING = "everything in orchestrator"
-SPEC = {"located", "schema", "settings", "spec", "wording"}
+SPEC = {
+    "asked", "candidates", "located", "pruning", "scheduling", "schema", "settings", "spec",
+    "winners", "wording",
+}  # fmt: skip
 
 # Module of orchestrator -> modules of orchestrator it may import.
 ORCHESTRATOR: dict[str, set[str] | str] = {
@@ -25,27 +28,38 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "plan": {"stages", "space", "axes", *SPEC},
     "space": {"axes", *SPEC},
     "axes": {*SPEC},
-    "spec": {"located", "schema", "settings", "wording"},
-    "settings": {"located", "schema", "wording"},
+    "race": {"axes", "records", "space", *SPEC},
+    "spec": SPEC - {"spec"},
+    "settings": {"located", "pruning", "schema", "wording"},
+    "pruning": {"located"},
+    "candidates": set(),
+    "scheduling": set(),
+    "winners": {"located"},
     "schema": {"located", "wording"},
     "wording": {"located"},
     "located": set(),
+    "asked": set(),
     "stages": set(),
     "store": set(),
     "ledger": {"records"},
     "records": set(),
     "tracking": {"records"},
-    "selection": {"records"},
-    "tables": {"selection", "records"},
+    "selection": {"asked", "records", "wording"},
+    "claims": {"asked", "selection", "records"},
+    "tables": {"asked", "claims", "selection", "records"},
     "figures": {"selection", "records"},
-    "report": {"selection", "records", "tables", "figures"},
-    "progress": {"selection"},
+    "report": {"asked", "selection", "records", "tables", "figures"},
+    "progress": {"claims", "selection"},
 }  # fmt: skip
 
 # Module of orchestrator -> modules of trainers it may import.
 TRAINERS = {
     "stages": {"config"},
+    "asked": {"config"},
     "spec": {"config"},
+    "scheduling": {"config"},
+    "candidates": {"config", "shapes"},
+    "pruning": {"config", "shapes"},
     "settings": {"config"},
     "schema": {"config"},
     "space": {"config", "shapes"},

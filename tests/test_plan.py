@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import small_sweep
 
-from orchestrator.plan import SweepPlan, plan_sweep
+from orchestrator.plan import StageNode, SweepPlan, plan_sweep
 from orchestrator.space import enumerate_trials
 from orchestrator.spec import SpecError, load
 
@@ -52,7 +52,8 @@ CHANGES = {
     "importance.samples=4": {"importance", "prune", "before", "distill", "after"},
     "prune.depth.keep=1": {"importance", "prune", "before", "distill", "after"},
     "prune.depth.contiguous=true": {"prune", "before", "distill", "after"},
-    "prune.initialise=random": {"prune", "before", "distill", "after"},
+    "prune.depth.criterion=random": {"importance", "prune", "before", "distill", "after"},
+    "prune.initialise=random": {"importance", "prune", "before", "distill", "after"},
     "distill.training.steps=31": {"distill", "after"},
     "distill.training.learning_rate=0.001": {"distill", "after"},
     "distill.training.micro_batch_size=2": {"distill", "after"},
@@ -71,7 +72,7 @@ def test_a_setting_changes_the_identity_of_what_it_determines_and_of_nothing_els
     tmp_path: Path, override: str
 ) -> None:
     before, after = single(tmp_path), single(tmp_path, override)
-    assert {step for step in before if before[step] != after[step]} == CHANGES[override]
+    assert {step for step in before if before[step] != after.get(step)} == CHANGES[override]
 
 
 def test_a_random_choice_of_layers_takes_its_identity_from_the_seed(tmp_path: Path) -> None:
@@ -136,3 +137,123 @@ def test_a_plan_does_not_change_what_it_is_made_from(tmp_path: Path) -> None:
     before = copy.deepcopy(small_sweep.SWEEP)
     plan(tmp_path)
     assert before == small_sweep.SWEEP
+
+
+# --- width, rounds and chains ----------------------------------------------------------------
+
+
+def planned_steps(folder: Path, **trial: Any) -> dict[str, StageNode]:
+    """The steps of the one trial besides the teacher."""
+    sweep = {**small_sweep.SWEEP, "trial": trial, "axes": {}, "baselines": {}}
+    return dict(plan(folder, sweep).trials[1].steps)
+
+
+NARROW = {"width": {"intermediate_size": 0.5, "hidden_size": 0.5}}
+
+
+def test_layers_and_units_scored_by_one_pass_are_one_stage_in_both_roles(tmp_path: Path) -> None:
+    prune = {"depth": {"keep": 0.5, "criterion": "block_influence"}, **NARROW}
+    steps = planned_steps(tmp_path, prune=prune)
+    assert list(steps) == ["source", "importance", "prune", "before", "distill", "after"]
+    inputs = steps["prune"].inputs
+    assert inputs["importance"] == inputs["activations"] == steps["importance"].stage_id
+
+
+def test_one_pass_serves_every_target_size_and_every_aggregation(tmp_path: Path) -> None:
+    axes = {
+        "prune.width.intermediate_size": [0.25, 0.5],
+        "prune.width.criterion.batch": ["l2", "mean"],
+        "prune.width.criterion.sequence": ["mean", "variance"],
+    }
+    width = {"intermediate_size": 0.5, "criterion": {"kind": "activations"}}
+    trial = {"prune": {"width": width}}
+    planned = plan(tmp_path, {**small_sweep.SWEEP, "trial": trial, "axes": axes, "baselines": {}})
+    passes = {each.steps["activations"].stage_id for each in planned.trials[1:]}
+    assert len(planned.trials) == 1 + 8 and len(passes) == 1
+
+
+def test_each_round_scores_what_the_round_before_left(tmp_path: Path) -> None:
+    steps = planned_steps(tmp_path, prune={**NARROW, "iterations": 2})
+    assert list(steps)[:5] == [
+        "source",
+        "round1.activations",
+        "round1.prune",
+        "activations",
+        "prune",
+    ]
+    assert steps["activations"].inputs["model"] == steps["round1.prune"].stage_id
+    assert steps["prune"].inputs["model"] == steps["round1.prune"].stage_id
+    assert steps["round1.prune"].config["width"]["intermediate_size"] == 48
+    assert steps["prune"].config["width"]["intermediate_size"] == 32
+
+
+def test_the_first_round_of_several_shares_its_scores_with_a_single_shot(tmp_path: Path) -> None:
+    once = planned_steps(tmp_path, prune=NARROW)
+    twice = planned_steps(tmp_path, prune={**NARROW, "iterations": 2})
+    assert once["activations"].stage_id == twice["round1.activations"].stage_id
+
+
+@pytest.mark.parametrize(
+    ("teacher", "taught_by"), [("original", "source"), ("previous", "chain1.distill")]
+)
+def test_the_last_step_of_a_chain_prunes_the_model_before_it_and_learns_as_set(
+    tmp_path: Path, teacher: str, taught_by: str
+) -> None:
+    distill = {**small_sweep.PROFILE["trial"]["distill"], "teacher": teacher}
+    link = {"prune": {"width": {"intermediate_size": 0.75}}, "training_steps": 12}
+    steps = planned_steps(tmp_path, chain=[link], prune=NARROW, distill=distill)
+    assert steps["chain1.distill"].config["training"]["steps"] == 12
+    assert steps["chain1.distill"].inputs["teacher"] == steps["source"].stage_id
+    assert steps["activations"].inputs["model"] == steps["chain1.distill"].stage_id
+    assert steps["distill"].inputs["teacher"] == steps[taught_by].stage_id
+    assert steps["after"].inputs["teacher"] == steps["source"].stage_id
+
+
+def test_the_tokens_of_a_chain_count_all_its_distillations(tmp_path: Path) -> None:
+    link = {"prune": {"width": {"intermediate_size": 0.75}}}
+    trial = {"chain": [link], "prune": NARROW}
+    sweep = {**small_sweep.SWEEP, "trial": trial, "axes": {}, "baselines": {}}
+    (student,) = plan(tmp_path, sweep).trials[1:]
+    assert student.tokens_trained == 2 * 30 * 4 * 32
+    assert [shape.intermediate_size for shape in student.chain] == [48]
+
+
+def test_random_weights_need_no_scores(tmp_path: Path) -> None:
+    prune = {"depth": {"keep": 0.5, "criterion": "perplexity"}, "initialise": "random"}
+    assert list(planned_steps(tmp_path, prune=prune))[:2] == ["source", "prune"]
+
+
+TOO_MUCH = {
+    "wider than the source": ({"width": {"hidden_size": 64}}, "hidden_size", "64 is not between"),
+    "more heads than there are": (
+        {"width": {"num_attention_heads": 3}},
+        "num_attention_heads",
+        "3 is not between",
+    ),
+    "a chain that grows again": ({"depth": {"keep": 4, "criterion": "random"}}, "keep", "cannot"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_sizes_that_cannot_be_had_are_refused_with_their_line(tmp_path: Path, case: str) -> None:
+    prune, setting, words = TOO_MUCH[case]
+    link = {"prune": {"depth": {"keep": 2, "criterion": "random"}}}
+    trial = {"prune": prune} | ({"chain": [link]} if "chain" in case else {})
+    with pytest.raises(SpecError) as raised:
+        plan(tmp_path, {**small_sweep.SWEEP, "trial": trial, "axes": {}, "baselines": {}})
+    (message,) = raised.value.messages
+    line = int(message.split(":")[1])
+    assert setting in (tmp_path / "small.yaml").read_text().splitlines()[line - 1]
+    assert words in message
+
+
+def test_each_seed_pretrains_a_teacher_of_its_own_unless_the_source_names_one(
+    tmp_path: Path,
+) -> None:
+    sweep = {**small_sweep.SWEEP, "axes": {"seed": [0, 1]}, "baselines": {}}
+    teachers = [t for t in plan(tmp_path, sweep).trials if t.trial.baseline]
+    own = [
+        t for t in plan(tmp_path, sweep, "source.seed=null").trials if t.trial.baseline == "teacher"
+    ]
+    assert len(teachers) == 1 and len(own) == 2
+    assert own[0].steps["source"].stage_id != own[1].steps["source"].stage_id

@@ -1,24 +1,41 @@
-"""Surgery: what is kept stays as it was, and what comes out needs no code of ours."""
+"""The stage `prune`: what it keeps, and that what comes out needs no code of ours.
+
+What becomes of the tensors is in `test_surgery.py`.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeContext, SaveArtifact
+from families_at_hand import tiny_config as config_of
+from families_at_hand import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from trainers import checkpoints, prune
-from trainers.config import AtRandom, ByList, ByScore, PruneConfig
+from trainers import activations, checkpoints, prune
+from trainers.activations import ActivationStatistics
+from trainers.config import (
+    AtRandom,
+    ByActivation,
+    ByList,
+    ByScore,
+    DepthCut,
+    PruneConfig,
+    RandomUnits,
+    WidthCut,
+)
 from trainers.contract import StageError
-from trainers.shapes import shape_of
+from trainers.shapes import Sizes, pruned_sizes, shape_of
+from trainers.surgery import Cut, Ranking, operate
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -30,7 +47,12 @@ def logits(folder: Path) -> Tensor:
 
 
 def dropping(*layers: int) -> PruneConfig:
-    return PruneConfig(num_hidden_layers=4 - len(layers), choice=ByList(drop=layers))
+    cut = DepthCut(num_hidden_layers=4 - len(layers), choice=ByList(drop=layers))
+    return PruneConfig(depth=cut)
+
+
+def drop_layers(source: Path, target: Path, dropped: tuple[int, ...]) -> None:
+    operate(source, target, Cut(tuple(layer for layer in range(4) if layer not in dropped)))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -132,7 +154,7 @@ def test_one_file_left_of_several_still_loads(
 ) -> None:
     # All that layer 3 has in a file of its own: without it a single file with a number remains.
     source = tmp_path / "split" / "model"
-    prune.drop_layers(artifact / "model", source, ())
+    drop_layers(artifact / "model", source, ())
     whole = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     weight_map = {}
@@ -145,7 +167,7 @@ def test_one_file_left_of_several_still_loads(
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     context = make_context(dropping(3), model=tmp_path / "split")
     prune.run(context)
-    prune.drop_layers(artifact / "model", tmp_path / "expected", (3,))
+    drop_layers(artifact / "model", tmp_path / "expected", (3,))
     assert torch.equal(logits(context.out / "model"), logits(tmp_path / "expected"))
 
 
@@ -155,14 +177,14 @@ def test_weights_in_another_form_beside_the_checkpoint_are_left_alone(
     source, target = tmp_path / "source", tmp_path / "target"
     checkpoints.link_folder(artifact / "model", source)
     save_file({"layers.0.wq": torch.zeros(2)}, source / "consolidated.safetensors")
-    prune.drop_layers(source, target, (0,))
+    drop_layers(source, target, (0,))
     assert [file.name for file in target.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_a_folder_without_safetensors_is_refused(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((artifact / "model" / "config.json").read_bytes())
     with pytest.raises(StageError, match=r"holds no model\.safetensors"):
-        prune.drop_layers(tmp_path, tmp_path / "target", (0,))
+        drop_layers(tmp_path, tmp_path / "target", (0,))
 
 
 def test_settings_that_hold_one_value_a_layer_shrink_with_the_layers(tmp_path: Path) -> None:
@@ -181,7 +203,7 @@ def test_settings_that_hold_one_value_a_layer_shrink_with_the_layers(tmp_path: P
         "layer_types": kinds,
     }
     checkpoints.new_model(config, seed=0).save_pretrained(tmp_path / "whole")
-    prune.drop_layers(tmp_path / "whole", tmp_path / "cut", (0, 2))
+    drop_layers(tmp_path / "whole", tmp_path / "cut", (0, 2))
     assert checkpoints.read_config(tmp_path / "cut")["layer_types"] == [kinds[1], kinds[3]]
     model = checkpoints.load_model(tmp_path / "cut")
     assert [layer.self_attn.layer_type for layer in model.model.layers] == [kinds[1], kinds[3]]
@@ -190,7 +212,7 @@ def test_settings_that_hold_one_value_a_layer_shrink_with_the_layers(tmp_path: P
 def test_random_weights_have_the_pruned_shape_and_come_from_the_seed(
     artifact: Path, make_context: MakeContext
 ) -> None:
-    config = PruneConfig(num_hidden_layers=3, choice=ByList(drop=(1,)), initialise="random")
+    config = dropping(1).model_copy(update={"initialise": "random"})
     found = {}
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         context = make_context(config, out=out, seed=seed, model=artifact)
@@ -211,13 +233,13 @@ def test_random_weights_have_the_pruned_shape_and_come_from_the_seed(
     assert AutoTokenizer.from_pretrained(context.out / "model")("the dog")["input_ids"]
 
 
-# --- choice ----------------------------------------------------------------------------------
+# --- which layers ------------------------------------------------------------------------------
 
 SCORES = {(1, 0): 0.9, (1, 1): 0.2, (1, 2): 0.8, (1, 3): 0.1, (2, 1): 0.5, (2, 2): 0.4, (2, 3): 0.4}
 
 
-def by_score(keep: int, contiguous: bool) -> PruneConfig:
-    return PruneConfig(num_hidden_layers=keep, choice=ByScore(contiguous=contiguous))
+def by_score(keep: int, contiguous: bool) -> DepthCut:
+    return DepthCut(num_hidden_layers=keep, choice=ByScore(contiguous=contiguous))
 
 
 def test_single_layers_are_dropped_by_their_own_scores() -> None:
@@ -245,7 +267,9 @@ def test_scores_are_read_from_the_importance_artifact(
         for name, value in (("importance", value), ("lm_loss", 1 - value))
     ]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    context = make_context(by_score(2, False), model=artifact, importance=tmp_path)
+    context = make_context(
+        PruneConfig(depth=by_score(2, False)), model=artifact, importance=tmp_path
+    )
     prune.run(context)
     assert json.loads((context.out / "dropped_layers.json").read_text()) == [1, 3]
 
@@ -262,7 +286,7 @@ def test_random_layers_are_as_many_as_asked_and_depend_on_the_seed_alone(
     if contiguous and layers:
         assert layers[-1] - layers[0] == number - 1
     assert layers == prune.random_layers(count, number, contiguous, seed)
-    choice = PruneConfig(
+    choice = DepthCut(
         num_hidden_layers=max(1, count - number), choice=AtRandom(contiguous=contiguous)
     )
     if number < count:
@@ -287,6 +311,248 @@ def test_seeds_draw_different_layers() -> None:
     ],
 )
 def test_an_impossible_choice_is_an_error(keep: int, drop: tuple[int, ...], message: str) -> None:
-    config = PruneConfig(num_hidden_layers=keep, choice=ByList(drop=drop))
+    config = DepthCut(num_hidden_layers=keep, choice=ByList(drop=drop))
     with pytest.raises(StageError, match=message):
         prune.choose(config, 4, {}, seed=0)
+
+
+def test_keeping_every_layer_needs_no_scores() -> None:
+    assert prune.choose(by_score(4, True), 4, {}, seed=0) == ()
+
+
+# --- which units -----------------------------------------------------------------------------
+
+STATISTICS = ("l2", "mean", "variance")
+
+
+def statistics_of(model_type: str = "llama") -> ActivationStatistics:
+    """Made-up sums for a model of `config_of(model_type)`, other ones for every aggregation."""
+    shape = shape_of(config_of(model_type))
+    draw = torch.Generator().manual_seed(3)
+    rows = {
+        "down_input": (4, shape.intermediate_size),
+        "pre_activation": (4, shape.intermediate_size),
+        "heads": (4, shape.num_attention_heads),
+        "groups": (4, shape.num_key_value_heads),
+        "channels": (4 * len(shape.family.norms) + 1, shape.hidden_size),
+    }
+    sums = {
+        f"{units}.{sequence}": torch.rand(2, *size, generator=draw, dtype=torch.float64) + 1
+        for units, size in rows.items()
+        for sequence in STATISTICS
+    }
+    return ActivationStatistics(8, sums)
+
+
+def cut_of(
+    width: WidthCut,
+    model_type: str = "llama",
+    layers: tuple[int, ...] = (0, 1, 2, 3),
+    statistics: ActivationStatistics | None = None,
+    seed: int = 0,
+) -> Cut:
+    shape = shape_of(config_of(model_type))
+    target = pruned_sizes(shape, PruneConfig(width=width))
+    return prune.choose_units(width, shape, target, layers, statistics, seed)
+
+
+@pytest.mark.parametrize("batch", STATISTICS)
+@pytest.mark.parametrize("sequence", STATISTICS)
+@pytest.mark.parametrize("seen", ["down_input", "pre_activation"])
+def test_the_neurons_with_the_largest_scores_stay(batch: Any, sequence: Any, seen: Any) -> None:
+    statistics = statistics_of()
+    choice = ByActivation(batch=batch, sequence=sequence, neurons=seen)
+    cut = cut_of(WidthCut(intermediate_size=11, choice=choice), statistics=statistics)
+    scores = statistics.scores(seen, batch, sequence)
+    assert cut.neurons is not None
+    for layer in range(4):
+        best = sorted(range(48), key=lambda unit, row=scores[layer]: -float(row[unit]))[:11]
+        assert cut.neurons[layer] == tuple(sorted(best))
+    assert cut.heads is cut.channels is None
+
+
+def test_each_group_that_stays_keeps_as_many_of_its_query_heads_best_first() -> None:
+    shape = replace(shape_of(config_of("llama")), num_attention_heads=8, num_key_value_heads=2)
+    target = Sizes(4, 32, 48, 4, 2)
+    heads = [0.1, 0.9, 0.5, 0.7, 3.0, 1.0, 2.0, 2.0]
+    found = prune.heads_of_layer(heads, None, shape, target)
+    assert found.groups == Ranking((0, 1))
+    assert found.queries == {0: Ranking((1, 3), (2, 0)), 1: Ranking((4, 6), (7, 5))}
+
+
+def test_whole_groups_go_by_their_own_scores_and_take_their_query_heads() -> None:
+    shape = replace(shape_of(config_of("llama")), num_attention_heads=8, num_key_value_heads=4)
+    found = prune.heads_of_layer(None, [0.2, 0.1, 0.4, 0.3], shape, Sizes(4, 32, 48, 4, 2))
+    assert found.groups == Ranking((2, 3), (0, 1))
+    assert found.queries == {2: Ranking((4, 5)), 3: Ranking((6, 7))}
+    both = prune.heads_of_layer(list(range(8)), [0.2, 0.1, 0.4, 0.3], shape, Sizes(4, 32, 48, 2, 2))
+    assert both.queries == {2: Ranking((5,), (4,)), 3: Ranking((7,), (6,))}
+
+
+def test_where_each_head_is_its_own_group_cutting_heads_cuts_groups() -> None:
+    statistics = statistics_of("llama, multi-head")
+    width = WidthCut(num_attention_heads=2, choice=ByActivation())
+    cut = cut_of(width, "llama, multi-head", statistics=statistics)
+    scores = statistics.scores("groups", "l2", "mean")
+    assert cut.heads is not None
+    for layer, heads in cut.heads.items():
+        order = sorted(range(4), key=lambda unit, row=scores[layer]: -float(row[unit]))
+        assert heads.groups == Ranking(tuple(order[:2]), tuple(order[2:]))
+        assert heads.queries == {head: Ranking((head,)) for head in order[:2]}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
+def test_channels_have_one_ranking_over_the_norms_of_the_layers_that_stay(
+    model_type: str, layers: tuple[int, ...]
+) -> None:
+    statistics = statistics_of(model_type)
+    width = WidthCut(hidden_size=12, choice=ByActivation())
+    cut = cut_of(width, model_type, layers, statistics)
+    norms = 2 if model_type == "llama" else 4
+    scores = statistics.scores("channels", "l2", "mean")
+    total = scores[-1].clone()
+    for layer in layers:
+        for norm in range(norms):
+            total += scores[layer * norms + norm]
+    assert cut.channels == tuple(sorted(total.topk(12).indices.tolist()))
+
+
+def test_of_equal_units_the_earlier_stay() -> None:
+    assert prune.best([1.0, 2.0, 1.0, 1.0], 2) == (0, 1)
+    assert prune.split({4: 1.0, 5: 1.0, 6: 1.0}, 2) == Ranking((4, 5), (6,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("units", "width"),
+    [
+        ("down_input", {"intermediate_size": 8}),
+        ("heads", {"num_attention_heads": 2}),
+        ("groups", {"num_key_value_heads": 1}),
+        ("channels", {"hidden_size": 8}),
+    ],
+)
+def test_a_score_that_is_no_finite_number_is_an_error_that_names_the_layer(
+    units: str, width: dict[str, int], value: float
+) -> None:
+    statistics = statistics_of()
+    row = 4 if units == "channels" else 2  # layer 2 has the norms 4 and 5
+    statistics.sums[f"{units}.mean"][:, row, 1] = value
+    named = "neurons" if units == "down_input" else units
+    with pytest.raises(StageError, match=f"{named} of layer 2 is not a finite number"):
+        cut_of(WidthCut(**width, choice=ByActivation()), statistics=statistics)
+    cut_of(WidthCut(**width, choice=ByActivation()), "llama", (0, 1, 3), statistics)
+
+
+def test_units_cannot_be_chosen_by_activations_of_nothing_or_of_another_model() -> None:
+    width = WidthCut(hidden_size=8, choice=ByActivation())
+    with pytest.raises(StageError, match="no input has any"):
+        cut_of(width)
+    with pytest.raises(StageError, match="channels are those of another model"):
+        cut_of(width, "gemma2", statistics=statistics_of("llama"))
+
+
+ALL_WIDTHS = {"hidden_size": 16, "intermediate_size": 9, "num_attention_heads": 2}
+
+
+def test_random_units_come_from_the_seed_alone_and_differ_from_layer_to_layer() -> None:
+    width = WidthCut(**ALL_WIDTHS, choice=RandomUnits())
+    first = cut_of(width, seed=1)
+    assert first == cut_of(width, seed=1)
+    other = cut_of(width, seed=2)
+    assert (first.neurons, first.heads, first.channels) != (
+        other.neurons,
+        other.heads,
+        other.channels,
+    )
+    assert first.neurons is not None
+    assert len(set(first.neurons.values())) == 4
+    without_a_layer = cut_of(width, layers=(0, 2, 3), seed=1)
+    assert without_a_layer.neurons == {layer: first.neurons[layer] for layer in (0, 2, 3)}
+    assert without_a_layer.channels == first.channels
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(save_artifact: SaveArtifact, tmp_path: Path) -> tuple[Path, Path]:
+    """An artifact with a tiny Llama, and one with made-up activations of it."""
+    folder = tmp_path / "activations"
+    folder.mkdir()
+    statistics_of().save(folder / activations.FILE)
+    return save_artifact(tiny_model("llama")), folder
+
+
+def test_depth_and_width_are_cut_at_once_by_the_numbers_of_the_source(
+    measured: tuple[Path, Path], make_context: MakeContext
+) -> None:
+    width = WidthCut(**ALL_WIDTHS, choice=ByActivation())
+    config = dropping(0, 2).model_copy(update={"width": width})
+    context = make_context(config, model=measured[0], activations=measured[1])
+    prune.run(context)
+    shape = shape_of(checkpoints.read_config(context.out / "model"))
+    assert shape.sizes == Sizes(2, 16, 9, 2, 2)
+    assert checkpoints.count_parameters(checkpoints.load_model(context.out / "model")) == (
+        shape.parameters
+    )
+    kept = json.loads((context.out / "kept_units.json").read_text())
+    cut = cut_of(width, layers=(1, 3), statistics=statistics_of())
+    assert cut.neurons is not None
+    assert kept["neurons"] == {str(layer): list(units) for layer, units in cut.neurons.items()}
+    assert kept["channels"] == list(cut.channels or ())
+    assert kept["heads"].keys() == kept["groups"].keys() == {"1", "3"}
+    assert all(len(heads) == 2 for heads in kept["heads"].values())
+    before, after = (tensors(folder / "model") for folder in (measured[0], context.out))
+    up = before["model.layers.3.mlp.up_proj.weight"]
+    expected = up[kept["neurons"]["3"]][:, kept["channels"]]
+    assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], expected)
+
+
+def test_the_residual_of_heads_is_added_unless_it_is_switched_off(
+    measured: tuple[Path, Path], make_context: MakeContext
+) -> None:
+    found = {}
+    for on in (True, False):
+        width = WidthCut(num_attention_heads=2, choice=ByActivation(), head_residual=on)
+        inputs = {"model": measured[0], "activations": measured[1]}
+        context = make_context(PruneConfig(width=width), out=str(on), **inputs)
+        prune.run(context)
+        found[on] = tensors(context.out / "model")
+    differ = [
+        name for name in found[True] if not torch.equal(found[True][name], found[False][name])
+    ]
+    assert len(differ) == 4
+    assert all("q_proj" in name for name in differ)
+
+
+def test_random_weights_at_a_narrower_shape_need_no_activations(
+    measured: tuple[Path, Path], make_context: MakeContext
+) -> None:
+    width = WidthCut(**ALL_WIDTHS, choice=ByActivation(), rescale_norms=True)
+    context = make_context(PruneConfig(width=width, initialise="random"), model=measured[0])
+    prune.run(context)
+    config = checkpoints.read_config(context.out / "model")
+    assert shape_of(config).sizes == Sizes(4, 16, 9, 2, 2)
+    assert config["rms_norm_eps"] == checkpoints.read_config(measured[0] / "model")["rms_norm_eps"]
+    assert json.loads((context.out / "kept_units.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ({"intermediate_size": 49}, "intermediate_size: 49 is not between 1 and the model's 48"),
+        ({"num_attention_heads": 3}, "num_attention_heads: 3 query heads do not fit 2"),
+        ({"hidden_size": 18}, "hidden_size: 18 is not a multiple of num_attention_heads"),
+    ],
+)
+def test_sizes_that_cannot_be_had_are_refused_by_name(
+    artifact: Path, make_context: MakeContext, width: dict[str, int], message: str
+) -> None:
+    sizes = {"intermediate_size": 48, "hidden_size": 32} | width
+    context = make_context(
+        PruneConfig(width=WidthCut(**sizes, choice=RandomUnits())), model=artifact
+    )
+    with pytest.raises(StageError, match=message):
+        prune.run(context)

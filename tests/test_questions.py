@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SaveArtifact
+import torch
+from conftest import MakeContext, SaveArtifact
+from families_at_hand import tiny_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from trainers import checkpoints, importance, language, questions
-from trainers.config import ChoicesTask, GeneratedTask, PartialTask, Task
+from trainers import ablation, checkpoints, language, prune, questions
+from trainers.config import (
+    ByList,
+    ChoicesTask,
+    DepthCut,
+    GeneratedTask,
+    PartialTask,
+    PruneConfig,
+    Task,
+)
 from trainers.language import ABILITIES
 
 TOKENIZER = language.tokenizer()
@@ -115,17 +125,29 @@ def test_accuracies_equal_the_harness_own_on_task_files(
 
 
 def test_a_model_without_some_layers_answers_as_its_pruned_checkpoint_does(
-    model: PreTrainedModel, save_artifact: SaveArtifact, tmp_path: Path
+    model: PreTrainedModel, save_artifact: SaveArtifact, make_context: MakeContext
 ) -> None:
-    from trainers import prune
-
-    prune.drop_layers(save_artifact(model) / "model", tmp_path, (1, 2))
+    cut = PruneConfig(depth=DepthCut(num_hidden_layers=2, choice=ByList(drop=(1, 2))))
+    context = make_context(cut, model=save_artifact(model))
+    prune.run(context)
     tasks = [GeneratedTask(name="agreement", limit=QUESTIONS)]
-    with importance.left_out(model, 1, 2):
+    with ablation.left_out(model, 1, 2):
         found = questions.ask(model, TOKENIZER, tasks)
-    expected = questions.ask(checkpoints.load_model(tmp_path), TOKENIZER, tasks)
+    expected = questions.ask(checkpoints.load_model(context.out / "model"), TOKENIZER, tasks)
     assert [a.item_id for a in found] == [a.item_id for a in expected]
     assert [a.score for a in found] == pytest.approx([a.score for a in expected], abs=1e-5)
+
+
+@torch.no_grad()
+def test_capped_logits_are_read_as_the_model_gives_them() -> None:
+    model = tiny_model("gemma2")
+    model.config.final_logit_softcapping = 0.5
+    tokens = torch.arange(9)[None]
+    logits = model(input_ids=tokens).logits[0, -1]
+    hidden = checkpoints.final_hidden(model, tokens)[0]
+    found, greedy = questions.Scorer(model, TOKENIZER)._read(hidden, [7])
+    assert found == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-5)
+    assert greedy == (int(logits.argmax()) == 7)
 
 
 def test_long_contexts_are_cut_on_the_left_as_the_harness_does(

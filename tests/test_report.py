@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import made_up
 import pytest
+from rich.console import Console
 
 from orchestrator import figures, report
+from orchestrator.asked import Better
+from orchestrator.claims import judge
+from orchestrator.progress import claims_table
 from orchestrator.records import CurvePoint, Records
 
 RECORDS = made_up.records()
@@ -96,6 +101,36 @@ def test_without_a_completed_trial_there_is_a_page_and_no_winner(tmp_path: Path)
     text = Page((tmp_path / "report.html").read_text()).text
     assert "so there is no winner" in text
     assert "distill: the loss is not finite" in text
+
+
+CLAIM = Better(
+    text="Perplexity is better than <chance>",
+    better={"prune.depth.criterion": "perplexity"},
+    than={"baseline": "random_layers"},
+    metric="accuracy.mean",
+)
+
+
+def test_the_verdicts_of_claims_stand_near_the_top_and_do_not_outlive_their_claim(
+    tmp_path: Path,
+) -> None:
+    for claims in ((CLAIM,), ()):
+        report.write(RECORDS, tmp_path, QUESTION, "accuracy.mean", "max", COMMAND, claims)
+        text = Page((tmp_path / "report.html").read_text()).text
+        assert (CLAIM.text in text) == bool(claims)
+        assert len(list((tmp_path / "tables").glob("claims.*"))) == 3 * len(claims)
+        if claims:
+            assert text.index(CLAIM.text) < text.index("Main effects")
+
+
+def test_the_terminal_shows_each_verdict_and_why_there_is_none() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(
+        claims_table(judge(RECORDS, [CLAIM, CLAIM.model_copy(update={"than": {"a": 1}})]))
+    )
+    text = console.export_text()
+    assert "Perplexity is better than <chance>" in text
+    assert "no data: no trial of the second group completed with a value" in text
 
 
 def test_the_page_quotes_the_resolved_sweep_file(tmp_path: Path) -> None:

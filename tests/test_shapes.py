@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families_at_hand import VARIANTS, tiny_model
+from families_at_hand import tiny_config as config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from trainers import checkpoints
-from trainers.config import FolderModel, GeneratedCorpus, LlamaShape, ScratchModel, Training
-from trainers.families import FAMILIES, UnknownFamilyError
-from trainers.shapes import llama_config, shape_of, source_config
+from trainers.config import (
+    AtRandom,
+    DepthCut,
+    FolderModel,
+    GeneratedCorpus,
+    LlamaShape,
+    PruneConfig,
+    RandomUnits,
+    ScratchModel,
+    Training,
+    WidthCut,
+)
+from trainers.families import FAMILIES, Family, UnknownFamilyError, family_of
+from trainers.shapes import (
+    Shape,
+    Sizes,
+    llama_config,
+    problems_with,
+    pruned_sizes,
+    shape_of,
+    source_config,
+)
 
 
 @st.composite
@@ -33,12 +56,14 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "num_key_value_heads": groups,
         "tie_word_embeddings": draw(st.booleans()),
     }
-    if model_type in ("llama", "qwen3"):
+    if FAMILIES[model_type].attention_bias == "attention_bias":
         config["attention_bias"] = draw(st.booleans())
-    if model_type == "llama":
+    if FAMILIES[model_type].mlp_bias == "mlp_bias":
         config["mlp_bias"] = draw(st.booleans())
-    if model_type != "qwen2":
+    if FAMILIES[model_type].free_head_dim:
         config["head_dim"] = draw(st.sampled_from([2, 6, 10]))
+    else:
+        config["num_key_value_heads"] = heads
     return config
 
 
@@ -55,29 +80,141 @@ def test_parameters_from_the_config_equal_those_of_the_model(config: dict[str, A
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_the_saved_config_says_the_same_as_the_one_it_was_made_from(
-    tmp_path: Path, model_type: str
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_config_that_leaves_settings_unsaid_is_read_as_transformers_reads_it(
+    tmp_path: Path, model_type: str, silent: bool
 ) -> None:
     config = {
         "model_type": model_type,
         "vocab_size": 20,
-        "hidden_size": 24,
+        "hidden_size": 64,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": 32,
     }
-    model = checkpoints.new_model(config | {"num_key_value_heads": 2}, seed=0)
+    if not silent or model_type == "nemotron":  # of which transformers makes no model without it
+        config["num_key_value_heads"] = 2 if FAMILIES[model_type].free_head_dim else 32
+    model = checkpoints.new_model(config, seed=0)
+    assert shape_of(config).parameters == checkpoints.count_parameters(model)
     model.save_pretrained(tmp_path)
     saved = shape_of(checkpoints.read_config(tmp_path))
     assert saved.parameters == checkpoints.count_parameters(model)
     assert source_config(FolderModel(path=tmp_path), GeneratedCorpus()) == saved.config
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_takes_for_unsaid_settings_what_transformers_takes(family: Family) -> None:
+    known = AutoConfig.for_model(family.model_type).to_dict()
+    said = {key: value for key, value in family.defaults.items() if value is not None}
+    assert {key: known[key] for key in said} == said
+    for flag in (family.attention_bias, family.output_bias, family.mlp_bias):
+        if isinstance(flag, str):
+            assert known[flag] == bool(family.defaults.get(flag))
+    assert family.norm_epsilon in family.defaults
+    assert known["tie_word_embeddings"] == bool(family.defaults.get("tie_word_embeddings"))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_path_of_a_family_is_a_module_and_no_parameter_is_left_out(name: str) -> None:
+    model, family = tiny_model(name), family_of(config_of(name))
+    layer = f"{family.layers}.0."
+    if family.fused_query_key_value is None:
+        projections = [family.query, family.key, family.value]
+    else:
+        projections = [family.fused_query_key_value]
+    inside = [*projections, family.attention_output, family.up, family.down]
+    inside += [*family.norms, *family.head_norms, *([family.gate] if family.gate else [])]
+    paths = [family.embedding, family.final_norm, family.output_head]
+    paths += [layer + path for path in inside]
+    described = {
+        f"{path}.{parameter}"
+        for path in paths
+        for parameter, _ in model.get_submodule(path).named_parameters()
+    }
+    first = {key for key in model.state_dict() if family.layers not in key or layer in key}
+    assert described == first
+
+
+# --- cutting ---------------------------------------------------------------------------------
+
+
 def test_fewer_layers_cost_the_parameters_of_those_layers(tiny_config: dict[str, Any]) -> None:
     whole = shape_of(tiny_config)
-    assert whole.with_layers(1).parameters == whole.parameters - 3 * whole.layer_parameters
+    one = whole.resized(replace(whole.sizes, num_hidden_layers=1))
+    assert one.parameters == whole.parameters - 3 * whole.layer_parameters
     smaller = checkpoints.new_model(tiny_config | {"num_hidden_layers": 1}, seed=0)
-    assert whole.with_layers(1).parameters == checkpoints.count_parameters(smaller)
+    assert one.parameters == checkpoints.count_parameters(smaller)
+
+
+def eight_heads_in_two_groups(model_type: str = "llama") -> Shape:
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4}
+    return shape_of(config_of(model_type) | config)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads_and_groups"),
+    [
+        ({}, (8, 2)),
+        ({"num_attention_heads": 4}, (4, 2)),
+        ({"num_key_value_heads": 1}, (4, 1)),
+        ({"num_key_value_heads": 1, "num_attention_heads": 2}, (2, 1)),
+    ],
+)
+def test_groups_take_their_query_heads_with_them(
+    width: dict[str, int], heads_and_groups: tuple[int, int]
+) -> None:
+    shape = eight_heads_in_two_groups()
+    config = PruneConfig(width=WidthCut(**width, choice=RandomUnits()))
+    heads, groups = heads_and_groups
+    expected = replace(shape.sizes, num_attention_heads=heads, num_key_value_heads=groups)
+    assert pruned_sizes(shape, config) == expected
+    assert problems_with(shape, expected) == []
+
+
+@pytest.mark.parametrize("setting", ["num_attention_heads", "num_key_value_heads"])
+def test_under_multi_head_attention_heads_and_groups_are_the_same(setting: str) -> None:
+    shape = shape_of(config_of("llama, multi-head"))
+    config = PruneConfig(
+        depth=DepthCut(num_hidden_layers=3, choice=AtRandom()),
+        width=WidthCut(**{setting: 2}, intermediate_size=5, choice=RandomUnits()),
+    )
+    assert pruned_sizes(shape, config) == Sizes(3, 32, 5, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "setting", "message"),
+    [
+        ("llama", {"num_hidden_layers": 5}, "num_hidden_layers", "between 1 and the model's 4"),
+        ("llama", {"hidden_size": 0}, "hidden_size", "0 is not between 1 and the model's 32"),
+        ("llama", {"num_attention_heads": 5}, "num_attention_heads", "allowed are 2, 4, 6, 8"),
+        ("llama", {"num_key_value_heads": 1}, "num_attention_heads", "allowed are 1, 2, 3, 4"),
+        ("llama", {"hidden_size": 30}, "hidden_size", "not a multiple of num_attention_heads"),
+        ("gpt_neox", {"hidden_size": 24}, "hidden_size", "with 4 heads of 8 allowed is 32"),
+    ],
+)
+def test_sizes_that_cannot_be_had_are_named_with_what_is_allowed(
+    model_type: str, change: dict[str, int], setting: str, message: str
+) -> None:
+    free = FAMILIES[model_type].free_head_dim
+    shape = eight_heads_in_two_groups(model_type) if free else shape_of(config_of(model_type))
+    problems = problems_with(shape, replace(shape.sizes, **change))
+    assert [name for name, _ in problems] == [setting]
+    assert message in problems[0][1]
+
+
+@given(configs(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_sizes_without_problems_make_a_model_of_the_predicted_parameters(
+    config: dict[str, Any], data: st.DataObject
+) -> None:
+    shape = shape_of(config)
+    drawn = {name: data.draw(st.integers(1, size)) for name, size in asdict(shape.sizes).items()}
+    target = Sizes(**drawn)
+    if problems_with(shape, target):
+        return
+    smaller = config | drawn | {"head_dim": shape.head_dim}
+    model = checkpoints.new_model(smaller, seed=0)
+    assert shape.resized(target).parameters == checkpoints.count_parameters(model)
 
 
 def test_a_model_from_scratch_is_known_before_it_is_built() -> None:

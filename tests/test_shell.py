@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def described(artifact: Path, **changes: Any) -> dict[str, Any]:
     usual = {
-        "config": {"num_hidden_layers": 3, "choice": {"kind": "layers", "drop": [1]}},
+        "config": {"depth": {"num_hidden_layers": 3, "choice": {"kind": "layers", "drop": [1]}}},
         "inputs": {"model": str(artifact)},
         "seed": 2,
     }
@@ -73,9 +73,12 @@ def test_what_the_file_says_reaches_the_stage(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"num_hidden_layer": 3}}, "did you mean 'num_hidden_layers'"),
-        ({"config": {"num_hidden_layers": 0, "choice": {"kind": "score"}}}, "greater than 0"),
-        ({"config": {"num_hidden_layers": 3, "choice": {"kind": "best"}}}, "best"),
+        ({"config": {"depth": {"num_hidden_layer": 3}}}, "did you mean 'num_hidden_layers'"),
+        (
+            {"config": {"depth": {"num_hidden_layers": 0, "choice": {"kind": "score"}}}},
+            "greater than 0",
+        ),
+        ({"config": {"depth": {"num_hidden_layers": 3, "choice": {"kind": "best"}}}}, "best"),
         ({"config": None}, "config"),
         ({"inputs": {"model": "nowhere"}}, "inputs.model: nowhere is no artifact"),
         ({"inputs": ["nowhere"]}, "inputs must name a folder for each role"),
@@ -139,7 +142,10 @@ def test_a_missing_file_is_one_clear_message_and_status_2(
     ("changes", "message"),
     [
         ({"inputs": None}, "failed: the stage needs an input in the role model"),
-        ({"config": {"num_hidden_layers": 9, "choice": {"kind": "random"}}}, "cannot keep 9 of 4"),
+        (
+            {"config": {"depth": {"num_hidden_layers": 9, "choice": {"kind": "random"}}}},
+            "cannot keep 9 of 4",
+        ),
     ],
 )
 def test_a_stage_that_fails_says_why_and_has_status_1(

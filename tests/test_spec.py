@@ -16,8 +16,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.pruning import DepthSettings
 from orchestrator.space import enumerate_trials
-from orchestrator.spec import DepthSettings, SpecError, Sweep, known_harness_tasks, load
+from orchestrator.spec import SpecError, Sweep, known_harness_tasks, load
 
 PROFILE = """\
 description: six layers
@@ -433,8 +434,8 @@ MISTAKES = [
     wrong("unknown key in a variant", BASE, BASE.replace("perplexity", "{kind: perplexity, samples: 3}"), "samples: 3", "prune.depth.criterion.samples", "allowed: kind"),
     wrong("unknown variant", "criterion: perplexity", "criterion: perplexty", "perplexty", "did you mean 'perplexity'", "block_influence"),
     wrong("value not allowed", "initialise: inherited", "initialise: inherit", "initialise", "did you mean 'inherited'", "random"),
-    wrong("keep above one", "keep: 0.5", "keep: 1.5", "keep: 1.5", "prune.depth.keep", "between 0 and 1"),
-    wrong("keep is true", "keep: 0.5", "keep: true", "keep: true", "prune.depth.keep", "number of layers"),
+    wrong("keep above one", "keep: 0.5", "keep: 1.5", "keep: 1.5", "prune.depth.keep", "up to 1.0"),
+    wrong("keep is true", "keep: 0.5", "keep: true", "keep: true", "prune.depth.keep", "whole number"),
     wrong("keep nothing", "keep: 0.5", "keep: 0", "keep: 0", "at least 1"),
     wrong("loss has nothing to learn from", "logits: forward_kl", "logits: none", "logits: none", "cross_entropy_weight"),
     wrong("loss is misspelt", "logits: forward_kl", "logits: forwards_kl", "forwards_kl", "did you mean 'forward_kl'"),

@@ -12,6 +12,7 @@ import made_up
 import pytest
 
 from orchestrator import tables
+from orchestrator.asked import Better, Claim
 from orchestrator.ledger import Ledger
 from orchestrator.records import Records, read_parquet, write_parquet
 from orchestrator.selection import rank
@@ -133,6 +134,42 @@ def test_tables_of_a_sweep_without_results_can_be_made() -> None:
     empty = Records("s", "p")
     for table in tables.all_tables(empty, rank(empty)):
         assert table.to_markdown() and table.to_csv() and table.to_latex()
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Better(
+        text="Perplexity is better than chance",
+        practice=2,
+        published="P1 T13",
+        better={"prune.depth.criterion": "perplexity"},
+        than={"baseline": "random_layers"},
+        metric="accuracy.mean",
+    ),
+    Better(
+        text="Nothing is measured",
+        better={"prune.depth.criterion": "never"},
+        than={"baseline": "random_layers"},
+        metric="lm_loss.after",
+    ),
+)
+
+
+def test_claims_are_a_table_of_verdicts_where_the_sweep_makes_some() -> None:
+    assert [table.name for table in tables.all_tables(RECORDS, None)][-1] == "cost"
+    assert [table.name for table in tables.all_tables(RECORDS, None, CLAIMS)][-1] == "claims"
+    measured, not_measured = rows_of(tables.claims(RECORDS, CLAIMS))
+    first, second = (
+        [t.metrics["accuracy.mean"] or 0.0 for t in RECORDS.trials if t.trial_id in ids]
+        for ids in (("perplexity-0", "perplexity-1"), ("random_layers-0", "random_layers-1"))
+    )
+    assert float(measured["effect"]) == pytest.approx(
+        statistics.mean(first) - statistics.mean(second)
+    )
+    assert float(measured["low"]) < float(measured["effect"]) < float(measured["high"])
+    assert {key: measured[key] for key in ("practice", "pairs", "seeds", "published")} == {
+        "practice": "2", "pairs": "2", "seeds": "2", "published": "P1 T13",
+    }  # fmt: skip
+    assert (not_measured["verdict"], not_measured["effect"]) == ("no data", "")
 
 
 ODD = Table(

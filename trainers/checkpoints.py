@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trainers.config import FolderModel, GgufModel, HubModel
+from trainers.families import family_of
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -74,6 +75,14 @@ def output_head(model: PreTrainedModel) -> torch.Tensor:
     """The output head's weight, (vocabulary, hidden)."""
     weight: torch.Tensor = model.get_output_embeddings().weight
     return weight
+
+
+def softcapped(logits: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """The output head's logits as the model's loss sees them: c * tanh(logits / c) where the model
+    caps them (Gemma 2), else as they are."""
+    key = family_of({"model_type": model.config.model_type}).logit_softcap
+    cap = getattr(model.config, key, None) if key else None
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def fetch_hub(source: HubModel) -> Path:

@@ -182,12 +182,13 @@ class Training(Frozen):
 
 
 class ScratchModel(Frozen):
-    """A random-weight Llama, pretrained on the corpus."""
+    """A random-weight Llama, pretrained on the corpus: with a seed of its own, or with the seed of
+    each trial, so that a comparison over seeds is one over teachers too."""
 
     kind: Literal["scratch"] = "scratch"
     shape: LlamaShape
     training: Training
-    seed: int = 0
+    seed: int | None = None
 
 
 class HubModel(Frozen):
@@ -337,18 +338,23 @@ class PretrainConfig(Frozen):
     training: Training
 
 
+BlockLengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
+
+
+class Activations(Frozen):
+    """What one forward pass tells of every unit: neurons, heads, groups of heads and channels by
+    the size of their activations (P1 section 2.2), layers by Block Influence (section 2.3)."""
+
+    kind: Literal["activations"] = "activations"
+    samples: int = Field(default=32, gt=0)
+
+
 class Perplexity(Frozen):
     """The rise of the calibration LM loss when a block of layers is left out (P1 section 2.3)."""
 
     kind: Literal["perplexity"] = "perplexity"
     samples: int = Field(default=32, gt=0)
-
-
-class BlockInfluence(Frozen):
-    """1 - mean cosine similarity of a block's input and output (P1 section 2.3)."""
-
-    kind: Literal["block_influence"] = "block_influence"
-    samples: int = Field(default=32, gt=0)
+    block_lengths: BlockLengths
 
 
 class TaskAccuracy(Frozen):
@@ -356,19 +362,17 @@ class TaskAccuracy(Frozen):
 
     kind: Literal["task"] = "task"
     tasks: tuple[Task, ...] = Field(min_length=1)
+    block_lengths: BlockLengths
 
 
-LayerCriterion = Annotated[
-    Perplexity | BlockInfluence | TaskAccuracy, Field(discriminator="kind"), Shorthand
-]
+Criterion = Annotated[Activations | Perplexity | TaskAccuracy, Field(discriminator="kind")]
 
 
 class ImportanceConfig(Frozen):
-    """Score every contiguous block of the given lengths."""
+    """Score units and layers (`Activations`), or every contiguous block of the given lengths."""
 
-    criterion: LayerCriterion
+    criterion: Criterion
     corpus: Corpus
-    block_lengths: tuple[int, ...] = Field(min_length=1)
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -396,11 +400,62 @@ class ByList(Frozen):
 LayerChoice = Annotated[ByScore | AtRandom | ByList, Field(discriminator="kind")]
 
 
-class PruneConfig(Frozen):
-    """Cut a model down to `num_hidden_layers` layers, keeping its weights or drawing new ones."""
+class DepthCut(Frozen):
+    """Leave out layers until `num_hidden_layers` remain."""
 
     num_hidden_layers: int = Field(gt=0)
     choice: LayerChoice
+
+
+Statistic = Literal["l2", "mean", "variance"]
+"""An aggregation: L2 norm, mean of absolute values, or variance."""
+
+
+class ByActivation(Frozen):
+    """Keep the units with the largest activations, by the statistics in the role `activations`.
+
+    The sequence is aggregated first, then the batch (P1 section 2.2; table 11 has the nine pairs).
+    A neuron is seen where the down projection reads it, or before the activation function.
+    """
+
+    kind: Literal["activations"] = "activations"
+    batch: Statistic = "l2"
+    sequence: Statistic = "mean"
+    neurons: Literal["down_input", "pre_activation"] = "down_input"
+
+
+class RandomUnits(Frozen):
+    """Keep units drawn with the trial's seed."""
+
+    kind: Literal["random"] = "random"
+
+
+UnitChoice = Annotated[ByActivation | RandomUnits, Field(discriminator="kind"), Shorthand]
+
+
+class WidthCut(Frozen):
+    """Cut every layer down to these sizes; None leaves an axis as it is.
+
+    `num_key_value_heads` cuts whole groups of heads, `num_attention_heads` query heads inside the
+    groups that stay. With `head_residual` the last kept query heads absorb what sets them apart
+    from the removed ones (P1 section 2.3). With `rescale_norms` the norms are scaled so that
+    cutting channels that are always zero changes nothing; the papers leave them as they are.
+    """
+
+    intermediate_size: int | None = Field(default=None, gt=0)
+    hidden_size: int | None = Field(default=None, gt=0)
+    num_attention_heads: int | None = Field(default=None, gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    choice: UnitChoice
+    head_residual: bool = True
+    rescale_norms: bool = False
+
+
+class PruneConfig(Frozen):
+    """Cut a model down, keeping its weights or drawing new ones at the pruned shape."""
+
+    depth: DepthCut | None = None
+    width: WidthCut | None = None
     initialise: Literal["inherited", "random"] = "inherited"
 
 

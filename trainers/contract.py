@@ -6,6 +6,7 @@ an artifact once the function returns. Files with a meaning to others:
     model/        a Hugging Face checkpoint (stages that leave a model)
     curve.jsonl   {"step", "tokens", "time_ms", "name", "value"}, one measurement a line
     items.jsonl   {"task", "item_id", "split", "correct", "score"}, one question a line
+    activations.safetensors  sums over samples for every unit, see `trainers.activations`
     scores.jsonl  {"criterion", "block_length", "last", "name", "value"}, one block a line
     checkpoints/  what the stage needs to go on after a stop; removed when it completes
 """

@@ -14,6 +14,7 @@ from trainers.checkpoints import (
     output_head,
     read_config,
     save_model,
+    softcapped,
 )
 from trainers.config import DistillConfig, DistillLoss
 from trainers.contract import StageContext, StageError, StageResult
@@ -46,6 +47,7 @@ class Distillation(nn.Module):
         hidden = final_hidden(self.model, input_ids_BL)[:, :-1].flatten(0, 1)
 
         def chunk_loss(logits_NV: Tensor, place: slice) -> Tensor:
+            logits_NV = softcapped(logits_NV, self.model)
             total = logits_NV.new_zeros((), dtype=torch.float32)
             if teacher is not None and taught is not None:
                 target = teacher.logits(taught[place])

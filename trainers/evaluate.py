@@ -17,6 +17,7 @@ from trainers.checkpoints import (
     load_tokenizer,
     output_head,
     read_config,
+    softcapped,
 )
 from trainers.config import EvaluateConfig
 from trainers.contract import StageContext, StageError, StageResult, Ticker, write_rows
@@ -55,6 +56,7 @@ def held_out_losses(
             labels: Tensor = labels,
             taught: Tensor | None = taught,
         ) -> Tensor:
+            logits = softcapped(logits, model)
             loss = cross_entropy(logits, labels[place])
             if teacher is None or taught is None:
                 return torch.stack([loss, torch.zeros_like(loss)])

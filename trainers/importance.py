@@ -1,193 +1,203 @@
-"""Stage `importance`: what happens when a contiguous block of layers is left out.
+"""Stage `importance`: what every unit and every contiguous block of layers is worth.
 
-Layer importance of the Minitron papers: by perplexity, by Block Influence (P1 section 2.3) and by
-a downstream task (P2 section 3). Every block of the asked lengths is scored, so that both single
-layers and whole blocks can be chosen from one artifact.
+By activations, one forward pass scores neurons, heads, channels and, by Block Influence, layers
+(P1 sections 2.2 and 2.3). By perplexity (P1 section 2.3) or a downstream task (P2 section 3), a
+block of layers is worth what is lost without it. Every block of the asked lengths is scored, so
+that both single layers and whole blocks can be chosen from one artifact.
+
+Under a launcher such as torchrun each process takes its share of the blocks or questions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from trainers import corpus, shell
-from trainers.checkpoints import load_model, load_tokenizer, read_config
-from trainers.config import (
-    BlockInfluence,
-    ImportanceConfig,
-    Perplexity,
-    TaskAccuracy,
+from trainers import activations, corpus, shell
+from trainers.ablation import Block, blocks_of_layers, hidden_without
+from trainers.activations import rank_and_processes
+from trainers.checkpoints import (
+    load_model,
+    load_tokenizer,
+    output_head,
+    read_config,
+    softcapped,
 )
-from trainers.contract import StageContext, StageError, StageResult, Ticker, write_rows
-from trainers.evaluate import BLOCKS_A_BATCH, lm_loss
-from trainers.families import family_of
-from trainers.shapes import shape_of
+from trainers.config import Activations, ImportanceConfig, Perplexity, TaskAccuracy
+from trainers.contract import Silent, StageContext, StageError, StageResult, Ticker, write_rows
+from trainers.evaluate import BLOCKS_A_BATCH
+from trainers.losses import chunked, cross_entropy
+from trainers.shapes import Shape, shape_of
 
-Measure = Callable[[PreTrainedModel], dict[str, float]]
-
-
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of layers, found by its family."""
-    layers = model.get_submodule(family_of(model.config.to_dict()).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-@contextmanager
-def left_out(model: PreTrainedModel, first: int, length: int) -> Iterator[PreTrainedModel]:
-    """The model without `length` layers from `first` on; restored on leaving."""
-    family = family_of(model.config.to_dict())
-    parent_path, _, name = family.layers.rpartition(".")
-    parent, layers = model.get_submodule(parent_path), layers_of(model)
-    kept = [place for place in range(len(layers)) if not first <= place < first + length]
-    whole = {
-        key: value
-        for key in family.per_layer_settings
-        if isinstance(value := getattr(model.config, key, None), list)
-    }
-    try:
-        setattr(parent, name, _numbered(nn.ModuleList(layers[place] for place in kept)))
-        model.config.num_hidden_layers = len(kept)
-        for key, values in whole.items():
-            setattr(model.config, key, [values[place] for place in kept])
-        yield model
-    finally:
-        setattr(parent, name, _numbered(layers))
-        model.config.num_hidden_layers = len(layers)
-        for key, values in whole.items():
-            setattr(model.config, key, values)
-
-
-def _numbered(layers: nn.ModuleList) -> nn.ModuleList:
-    """The layers, told their places: attention finds its part of the key-value cache by it."""
-    for place, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place  # type: ignore[assignment]
-    return layers
-
-
-def blocks_of_layers(count: int, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(first, length) of every contiguous block of these lengths among `count` layers."""
-    return [(first, length) for length in lengths for first in range(count - length + 1)]
-
-
-@torch.no_grad()
-def block_influence(
-    model: PreTrainedModel, blocks_NL: Tensor, lengths: tuple[int, ...], tick: Callable[[int], None]
-) -> dict[tuple[int, int], float]:
-    """1 - E[cos(input, output)] of every block of layers, from one pass with running sums."""
-    layers = layers_of(model)
-    places = blocks_of_layers(len(layers), lengths)
-    sums = dict.fromkeys(places, 0.0)
-    stream: list[Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(_keep_input(stream), with_kwargs=True) for layer in layers
-    ]
-    hooks.append(
-        layers[-1].register_forward_hook(lambda _m, _i, output: stream.append(_first(output)))
-    )
-    try:
-        for batch in torch.split(blocks_NL, BLOCKS_A_BATCH):
-            stream.clear()
-            model.base_model(input_ids=batch, use_cache=False)
-            for first, length in places:
-                before, after = stream[first].float(), stream[first + length].float()
-                sums[first, length] += float(F.cosine_similarity(before, after, dim=-1).sum())
-            tick(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {place: 1 - total / blocks_NL.numel() for place, total in sums.items()}
-
-
-def _keep_input(stream: list[Tensor]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        stream.append(inputs[0] if inputs else named["hidden_states"])
-
-    return hook
-
-
-def _first(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+Rows = list[dict[str, Any]]
+PARTS = 1000
+"""In how many parts progress is told where the work is not counted in blocks of text."""
 
 
 def run(context: StageContext[ImportanceConfig]) -> StageResult:
-    """Score every block; leaves scores.jsonl."""
-    config, folder = context.config, context.model("model")
-    model = load_model(folder, config.precision)
-    count = model.config.num_hidden_layers
-    if max(config.block_lengths) >= count:
-        raise StageError(f"a block of {max(config.block_lengths)} layers out of {count}")
-    blocks = corpus.blocks(config.corpus, folder, "calibration")
-    match config.criterion:
-        case BlockInfluence(samples=samples):
-            rows = _influences(context, model, blocks[:samples])
-            tokens = blocks[:samples].numel()
-        case Perplexity(samples=samples):
-            rows = _leave_out(context, model, lambda m: {"lm_loss": lm_loss(m, blocks[:samples])})
-            tokens = _passes(count, config) * blocks[:samples].numel()
-        case TaskAccuracy(tasks=tasks):
-            rows = _leave_out(context, model, _accuracy(tasks, load_tokenizer(folder)))
-            tokens = 0
-    _check(rows)
-    write_rows(context.out / "scores.jsonl", rows)
-    flops = shape_of(read_config(folder)).forward_flops(tokens, blocks.shape[1])
-    return StageResult({}, tokens, flops)
+    """Score every block of layers into scores.jsonl, and by activations every unit into
+    activations.safetensors."""
+    with _joined():
+        # Every process comes to the same result; the first alone writes it and tells of progress.
+        if rank_and_processes()[0] > 0:
+            context = replace(context, reporter=Silent())
+        match context.config.criterion:
+            case Activations(samples=samples):
+                rows, result = _by_activations(context, samples)
+            case Perplexity() as criterion:
+                rows, result = _by_perplexity(context, criterion)
+            case TaskAccuracy() as criterion:
+                rows, result = _by_tasks(context, criterion)
+        _check(rows)
+        if rank_and_processes()[0] == 0:
+            write_rows(context.out / "scores.jsonl", rows)
+        return result
 
 
-def _influences(
-    context: StageContext[ImportanceConfig], model: PreTrainedModel, blocks_NL: Tensor
-) -> list[dict[str, Any]]:
+@contextmanager
+def _joined() -> Iterator[None]:
+    """While open, the processes that a launcher started work together, on CPUs through gloo."""
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not launched or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+# --- by activations --------------------------------------------------------------------------
+
+
+def _by_activations(
+    context: StageContext[ImportanceConfig], samples: int
+) -> tuple[Rows, StageResult]:
+    model, blocks_NL = _model(context), _calibration(context)[:samples]
     tick = Ticker(context.reporter, len(blocks_NL))
-    found = block_influence(model, blocks_NL, context.config.block_lengths, tick)
-    return [
+    statistics, influence = activations.collect(model, blocks_NL, tick)
+    if rank_and_processes()[0] == 0:
+        statistics.save(context.out / activations.FILE)
+    rows = [
         _row("block_influence", first, length, name, value)
-        for (first, length), value in found.items()
+        for (first, length), value in influence.items()
         for name in ("block_influence", "importance")
     ]
+    tokens = blocks_NL.numel()
+    flops = flops_of(_shape(context), tokens, blocks_NL.shape[1], (), head=False)
+    return rows, StageResult({}, tokens, flops)
 
 
-def _passes(count: int, config: ImportanceConfig) -> int:
-    return 1 + len(blocks_of_layers(count, config.block_lengths))
+# --- by perplexity ---------------------------------------------------------------------------
 
 
-def _accuracy(tasks: Any, tokenizer: Any) -> Measure:
+def _by_perplexity(
+    context: StageContext[ImportanceConfig], criterion: Perplexity
+) -> tuple[Rows, StageResult]:
+    model, blocks_NL = _model(context), _calibration(context)[: criterion.samples]
+    places = _places(model, criterion.block_lengths)
+    tick = Ticker(context.reporter, len(blocks_NL))
+    intact, *others = losses_without(model, blocks_NL, places, tick)
+    rows = _leaving_out(
+        criterion.kind, places, {"lm_loss": intact}, [{"lm_loss": loss} for loss in others]
+    )
+    tokens = blocks_NL.numel()
+    flops = flops_of(_shape(context), tokens, blocks_NL.shape[1], places, head=True)
+    return rows, StageResult({}, tokens, flops)
+
+
+@torch.no_grad()
+def losses_without(
+    model: PreTrainedModel, blocks_NL: Tensor, places: Sequence[Block], tick: Ticker
+) -> list[float]:
+    """LM loss in nats a predicted token: of the intact model, then without each block of layers.
+
+    Where torch.distributed runs, each process takes its share of `blocks_NL`.
+    """
+    rank, processes = rank_and_processes()
+    mine_NL = blocks_NL[rank::processes]
+    sums = torch.zeros(1 + len(places), dtype=torch.float64)
+    for start in range(0, len(mine_NL), BLOCKS_A_BATCH):
+        batch_BL = mine_NL[start : start + BLOCKS_A_BATCH]
+        for number, hidden_BLD in enumerate(hidden_without(model, batch_BL, places)):
+            sums[number] += _summed_loss(model, hidden_BLD, batch_BL)
+        tick(len(batch_BL))
+    if processes > 1:
+        distributed.all_reduce(sums)
+        tick(len(blocks_NL) - len(mine_NL))
+    predicted = blocks_NL.shape[0] * (blocks_NL.shape[1] - 1)
+    return [float(total) / predicted for total in sums]
+
+
+def _summed_loss(model: PreTrainedModel, hidden_BLD: Tensor, batch_BL: Tensor) -> Tensor:
+    labels = batch_BL[:, 1:].flatten()
+    return chunked(
+        hidden_BLD[:, :-1].flatten(0, 1),
+        output_head(model),
+        lambda logits_NV, place: cross_entropy(softcapped(logits_NV, model), labels[place]),
+    )
+
+
+# --- by downstream tasks ---------------------------------------------------------------------
+
+
+def _by_tasks(
+    context: StageContext[ImportanceConfig], criterion: TaskAccuracy
+) -> tuple[Rows, StageResult]:
     from trainers import questions  # the harness takes seconds to import
 
-    def measure(model: PreTrainedModel) -> dict[str, float]:
-        answers = questions.ask(model, tokenizer, tasks)
-        margins = [answer.score for answer in answers if answer.score is not None]
-        correct = [answer.correct for answer in answers]
-        return {"accuracy": sum(correct) / len(correct)} | (
-            {"margin": sum(margins) / len(margins)} if margins else {}
-        )
+    model, tokenizer = _model(context), load_tokenizer(context.model("model"))
+    places = _places(model, criterion.block_lengths)
+    answers, lengths = questions.ask_without(
+        model,
+        tokenizer,
+        criterion.tasks,
+        places,
+        lambda part: context.reporter.report(round(part * PARTS), PARTS, {}),
+    )
+    intact, *others = [_accuracy(each) for each in answers]
+    rows = _leaving_out(criterion.kind, places, intact, others)
+    tokens = sum(lengths)
+    # The context of an average token, as attention's cost sees it.
+    length = round(sum(length**2 for length in lengths) / tokens) if tokens else 0
+    flops = flops_of(_shape(context), tokens, length, places, head=False)
+    return rows, StageResult({}, tokens, flops)
 
-    return measure
+
+def _accuracy(answers: Sequence[Any]) -> dict[str, float]:
+    margins = [answer.score for answer in answers if answer.score is not None]
+    correct = [answer.correct for answer in answers]
+    return {"accuracy": sum(correct) / len(correct)} | (
+        {"margin": sum(margins) / len(margins)} if margins else {}
+    )
 
 
-def _leave_out(
-    context: StageContext[ImportanceConfig], model: PreTrainedModel, measure: Measure
-) -> list[dict[str, Any]]:
-    """Measure the intact model and the model without each block."""
-    kind = context.config.criterion.kind
-    places = blocks_of_layers(model.config.num_hidden_layers, context.config.block_lengths)
-    intact = measure(model)
+# --- what leaving out means ------------------------------------------------------------------
+
+
+def _places(model: PreTrainedModel, lengths: tuple[int, ...]) -> list[Block]:
+    count = model.config.num_hidden_layers
+    if max(lengths) >= count:
+        raise StageError(f"a block of {max(lengths)} layers out of {count}")
+    return blocks_of_layers(count, lengths)
+
+
+def _leaving_out(
+    kind: str, places: list[Block], intact: dict[str, float], others: list[dict[str, float]]
+) -> Rows:
     rows = [_row(kind, 0, 0, name, value) for name, value in intact.items()]
-    for number, (first, length) in enumerate(places, 1):
-        with left_out(model, first, length):
-            found = measure(model)
+    for (first, length), found in zip(places, others, strict=True):
         rows += [_row(kind, first, length, name, value) for name, value in found.items()]
         rows.append(_row(kind, first, length, "importance", _harm(intact, found)))
-        context.reporter.report(number, len(places), {})
     return rows
 
 
@@ -227,6 +237,32 @@ def _place(row: dict[str, Any]) -> str:
             return f"without layer {row['last']}"
         case length:
             return f"without the {length} layers that end at layer {row['last']}"
+
+
+# --- inputs and costs ------------------------------------------------------------------------
+
+
+def _model(context: StageContext[ImportanceConfig]) -> PreTrainedModel:
+    return load_model(context.model("model"), context.config.precision)
+
+
+def _calibration(context: StageContext[ImportanceConfig]) -> Tensor:
+    return corpus.blocks(context.config.corpus, context.model("model"), "calibration")
+
+
+def _shape(context: StageContext[ImportanceConfig]) -> Shape:
+    return shape_of(read_config(context.model("model")))
+
+
+def flops_of(
+    shape: Shape, tokens: int, context: int, places: Sequence[Block], *, head: bool
+) -> float:
+    """FLOPs of one pass of the intact model, and of the layers behind each block in `places`;
+    without `head` of the layers alone (a task's questions run the head on few positions)."""
+    count = shape.num_hidden_layers
+    behind = [count - first - length for first, length in places]
+    shapes = (shape.resized(replace(shape.sizes, num_hidden_layers=n)) for n in (count, *behind))
+    return sum(each.forward_flops(tokens, context, head) for each in shapes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainers import corpus, engine, shell
-from trainers.checkpoints import DTYPES, final_hidden, new_model, output_head, save_model
+from trainers.checkpoints import (
+    DTYPES,
+    final_hidden,
+    new_model,
+    output_head,
+    save_model,
+    softcapped,
+)
 from trainers.config import LlamaShape, PretrainConfig
 from trainers.contract import StageContext, StageResult
 from trainers.losses import chunked, cross_entropy
@@ -31,7 +38,7 @@ class LanguageModelling(nn.Module):
         total = chunked(
             hidden,
             output_head(self.model),
-            lambda logits, place: cross_entropy(logits, labels[place]),
+            lambda logits, place: cross_entropy(softcapped(logits, self.model), labels[place]),
         )
         return total / labels.numel()
 

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +23,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers import language
-from trainers.checkpoints import final_hidden, output_head
+from trainers.ablation import Block, hidden_without, left_out
+from trainers.activations import rank_and_processes
+from trainers.checkpoints import final_hidden, output_head, softcapped
 from trainers.config import (
     ChoicesTask,
     GeneratedTask,
@@ -89,6 +94,34 @@ def ask(
         answers += _ask_one(scorer, task)
         progress(number)
     return answers
+
+
+def ask_without(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    blocks: Sequence[Block],
+    progress: Callable[[float], None] = lambda done: None,
+) -> tuple[list[list[Answer]], list[int]]:
+    """The answers of the intact model, then of the model without each block of layers in turn;
+    and the length in tokens of every sequence that each of them scored.
+
+    All of them score a task's requests together, on one pass of the layers before each block.
+    `progress` hears which part of the work is done, from 0 to 1.
+    """
+    scorer = AblatedScorer(model, tokenizer, blocks)
+    answers: list[list[Answer]] = [[] for _ in range(1 + len(blocks))]
+    for number, task in enumerate(tasks):
+        scorer.progress = partial(_of_one_task, progress, number, len(tasks))
+        for variant, found in enumerate(answers):
+            scorer.variant = variant
+            found += _ask_one(scorer, task)
+    progress(1.0)
+    return answers, scorer.lengths
+
+
+def _of_one_task(progress: Callable[[float], None], number: int, tasks: int, part: float) -> None:
+    progress((number + part) / tasks)
 
 
 def _ask_one(scorer: Scorer, task: Task) -> list[Answer]:
@@ -176,6 +209,13 @@ def _task_manager(include_defaults: bool) -> TaskManager:
 # --- scoring ---------------------------------------------------------------------------------
 
 
+Tokens = tuple[int, ...]
+Request = tuple[Any, list[int], list[int]]
+"""What the harness calls it, the context's tokens, and the continuation's."""
+Response = tuple[float, bool]
+"""The continuation's log-probability, and whether it is what the model would say itself."""
+
+
 class Scorer(HFLM):  # type: ignore[misc]
     """`HFLM` that runs the output head on the continuation's positions alone.
 
@@ -186,35 +226,105 @@ class Scorer(HFLM):  # type: ignore[misc]
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=16, device="cpu")
 
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Response]:
+        found = self._score(requests)
+        return [found[number][0] for number in range(len(requests))]
+
     @torch.no_grad()
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        passes: dict[tuple[int, ...], list[int]] = {}
+    def _score(self, requests: list[Request]) -> dict[int, list[Response]]:
+        """By the request's number: the response of each variant of the model."""
+        passes: dict[Tokens, list[int]] = {}
         for number, (_pair, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
             passes.setdefault(tuple(whole[:-1]), []).append(number)
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch in _packed(sorted(passes, key=len)):
-            for tokens, hidden_LD in zip(batch, self._hidden(batch), strict=True):
-                for number in passes[tokens]:
-                    answers[number] = self._read(hidden_LD[: len(tokens)], requests[number][2])
-        return answers
+        found: dict[int, list[Response]] = defaultdict(list)
+        for batch in self._share(_packed(sorted(passes, key=len))):
+            for hidden_BLD in self._hidden(_padded(batch)):
+                for tokens, hidden_LD in zip(batch, hidden_BLD, strict=True):
+                    for number in passes[tokens]:
+                        response = self._read(hidden_LD[: len(tokens)], requests[number][2])
+                        found[number].append(response)
+        return found
 
-    def _hidden(self, batch: list[tuple[int, ...]]) -> torch.Tensor:
-        longest = max(map(len, batch))
-        # Padding stands on the right, where causal attention never looks back at it.
-        padded = [list(tokens) + [0] * (longest - len(tokens)) for tokens in batch]
-        return final_hidden(self.model, torch.tensor(padded))
+    def _share(self, batches: list[list[Tokens]]) -> Iterator[list[Tokens]]:
+        """The batches to run here."""
+        yield from batches
 
-    def _read(self, hidden_LD: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
+    def _hidden(self, tokens_BL: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Final hidden states of each variant of the model: here there is one."""
+        yield final_hidden(self.model, tokens_BL)
+
+    def _read(self, hidden_LD: torch.Tensor, continuation: list[int]) -> Response:
         logits = torch.nn.functional.linear(
             hidden_LD[-len(continuation) :], output_head(self.model)
         )
-        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+        log_probabilities = torch.log_softmax(softcapped(logits, self.model).float(), dim=-1)
         gold = torch.tensor(continuation)
         total = log_probabilities.gather(1, gold[:, None]).sum()
         return float(total), bool((log_probabilities.argmax(-1) == gold).all())
+
+
+class AblatedScorer(Scorer):
+    """Answers for the model (`variant` 0) and for the model without `blocks[variant - 1]`.
+
+    The first variant to be asked scores the requests for all of them; of that only the responses
+    are kept, for the others to be asked the same. Where torch.distributed runs, every process must
+    ask the same and each scores its share of the batches.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        blocks: Sequence[Block],
+    ) -> None:
+        super().__init__(model, tokenizer)
+        self.variant = 0
+        self.progress: Callable[[float], None] = lambda part: None
+        self.lengths: list[int] = []
+        self._blocks = blocks
+        self._table: dict[str, dict[int, list[Response]]] = {}
+
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Response]:
+        asked = hash_of([[context, continuation] for _pair, context, continuation in requests])
+        if asked not in self._table:
+            self._table[asked] = _gathered(self._score(requests))
+        found = self._table[asked]
+        return [found[number][self.variant] for number in range(len(requests))]
+
+    def _share(self, batches: list[list[Tokens]]) -> Iterator[list[Tokens]]:
+        rank, processes = rank_and_processes()
+        self.lengths += [len(tokens) for batch in batches for tokens in batch]
+        mine = batches[rank::processes]
+        for number, batch in enumerate(mine):
+            self.progress(number / len(mine))
+            yield batch
+
+    def _hidden(self, tokens_BL: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield from hidden_without(self.model, tokens_BL, self._blocks)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """`HFLM`'s, by the model without the variant's block: nothing is shared here."""
+        if self.variant == 0:
+            return list(super().generate_until(requests, disable_tqdm))
+        with left_out(self.model, *self._blocks[self.variant - 1]):
+            return list(super().generate_until(requests, disable_tqdm))
+
+
+def _gathered(found: dict[int, list[Response]]) -> dict[int, list[Response]]:
+    """What all processes found."""
+    _rank, processes = rank_and_processes()
+    if processes == 1:
+        return found
+    parts: list[Any] = [None] * processes
+    distributed.all_gather_object(parts, found)
+    return {number: responses for part in parts for number, responses in part.items()}
+
+
+def _padded(batch: list[Tokens]) -> torch.Tensor:
+    # Padding stands on the right, where causal attention never looks back at it.
+    longest = max(map(len, batch))
+    return torch.tensor([list(tokens) + [0] * (longest - len(tokens)) for tokens in batch])
 
 
 def _packed(sequences: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainers import language
 from trainers.config import (
     Corpus,
     FolderModel,
@@ -17,9 +16,21 @@ from trainers.config import (
     HubModel,
     LlamaShape,
     ModelSource,
+    PruneConfig,
     ScratchModel,
 )
-from trainers.families import Family, family_of, setting
+from trainers.families import Family, family_of
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What pruning cuts, with the names of Hugging Face's configs."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
 
 
 @dataclass(frozen=True)
@@ -38,31 +49,39 @@ class Shape:
     tie_word_embeddings: bool
 
     @property
+    def heads_per_group(self) -> int:
+        """Query heads that share a key-value head; 1 under multi-head attention."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one layer: attention, MLP and norms."""
         queries = self.num_attention_heads * self.head_dim
         key_values = self.num_key_value_heads * self.head_dim
         attention = 2 * self.hidden_size * queries + 2 * self.hidden_size * key_values
-        if setting(self.family.attention_bias, self.config):
+        if self.family.flag(self.family.attention_bias, self.config):
             attention += queries + 2 * key_values
-        if setting(self.family.output_bias, self.config):
+        if self.family.flag(self.family.output_bias, self.config):
             attention += self.hidden_size
-        if self.family.query_key_norm:
-            attention += 2 * self.head_dim
-        return attention + self._mlp_parameters + 2 * self.hidden_size
+        attention += len(self.family.head_norms) * self.head_dim
+        return attention + self._mlp_parameters + len(self.family.norms) * self._norm_parameters
+
+    @property
+    def _norm_parameters(self) -> int:
+        return self.hidden_size * (2 if self.family.norm_kind.startswith("layer") else 1)
 
     @property
     def _mlp_parameters(self) -> int:
         ups = 2 if self.family.gated_mlp else 1
         weights = (ups + 1) * self.hidden_size * self.intermediate_size
-        if setting(self.family.mlp_bias, self.config):
+        if self.family.flag(self.family.mlp_bias, self.config):
             weights += ups * self.intermediate_size + self.hidden_size
         return weights
 
     @property
     def parameters_non_embedding(self) -> int:
         """All but the input and output embeddings."""
-        return self.num_hidden_layers * self.layer_parameters + self.hidden_size
+        return self.num_hidden_layers * self.layer_parameters + self._norm_parameters
 
     @property
     def parameters(self) -> int:
@@ -70,10 +89,11 @@ class Shape:
         tables = 1 if self.tie_word_embeddings else 2
         return self.parameters_non_embedding + tables * self.vocab_size * self.hidden_size
 
-    def forward_flops(self, tokens: int, context: int) -> float:
+    def forward_flops(self, tokens: int, context: int, head: bool = True) -> float:
         """FLOPs of a forward pass over `tokens` in sequences of `context`: two a weight and token,
-        the output head included, and causal attention at its mean length context / 2."""
-        weights = self.parameters_non_embedding + self.vocab_size * self.hidden_size
+        the output `head` included unless it is not run, and causal attention at its mean length
+        context / 2."""
+        weights = self.parameters_non_embedding + head * self.vocab_size * self.hidden_size
         queries = self.num_attention_heads * self.head_dim
         attention = 2 * context * queries * self.num_hidden_layers
         return float(tokens) * (2 * weights + attention)
@@ -82,9 +102,20 @@ class Shape:
         """FLOPs of forward and backward: three times the forward pass."""
         return 3 * self.forward_flops(tokens, context)
 
-    def with_layers(self, num_hidden_layers: int) -> Shape:
-        """The same model with another number of layers."""
-        return Shape(**{**self.__dict__, "num_hidden_layers": num_hidden_layers})
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes that pruning may change."""
+        return Sizes(
+            self.num_hidden_layers,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
+
+    def resized(self, sizes: Sizes) -> Shape:
+        """The same model cut to these sizes; heads keep their width."""
+        return replace(self, **asdict(sizes))
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
@@ -100,9 +131,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         intermediate_size=_size(config, "intermediate_size"),
         num_hidden_layers=_size(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        num_key_value_heads=int(family.setting("num_key_value_heads", config) or heads),
+        head_dim=int(family.setting("head_dim", config) or hidden // heads),
+        tie_word_embeddings=family.flag("tie_word_embeddings", config),
     )
 
 
@@ -117,6 +148,87 @@ def _size(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or value <= 0:
         raise ValueError(f"the model's config has no usable {key}: {value!r}")
     return value
+
+
+# --- what pruning may make of a model ---------------------------------------------------------
+
+
+def pruned_sizes(shape: Shape, config: PruneConfig) -> Sizes:
+    """The sizes that pruning aims at; an axis that is not named stays as it is.
+
+    Whole groups of heads take their query heads with them, so where only `num_key_value_heads` is
+    named the query heads of a group stay. Under multi-head attention a query head is a group of
+    its own, so where only `num_attention_heads` is named the groups follow.
+    """
+    sizes, width = shape.sizes, config.width
+    if config.depth is not None:
+        sizes = replace(sizes, num_hidden_layers=config.depth.num_hidden_layers)
+    if width is None:
+        return sizes
+    heads, groups = width.num_attention_heads, width.num_key_value_heads
+    if groups is None:
+        multi_head = shape.num_attention_heads == shape.num_key_value_heads
+        groups = heads if heads is not None and multi_head else shape.num_key_value_heads
+    return replace(
+        sizes,
+        hidden_size=width.hidden_size or shape.hidden_size,
+        intermediate_size=width.intermediate_size or shape.intermediate_size,
+        num_attention_heads=heads or groups * shape.heads_per_group,
+        num_key_value_heads=groups,
+    )
+
+
+def problems_with(shape: Shape, target: Sizes) -> list[tuple[str, str]]:
+    """What forbids cutting a model of this shape to these sizes: (setting, what is wrong and what
+    is allowed). Empty where nothing does."""
+    source = asdict(shape.sizes)
+    found = [
+        (name, f"{size} is not between 1 and the model's {source[name]}")
+        for name, size in asdict(target).items()
+        if not 1 <= size <= source[name]
+    ]
+    return found or _problems_with_heads(shape, target) or _problems_with_width(shape, target)
+
+
+def _problems_with_heads(shape: Shape, target: Sizes) -> list[tuple[str, str]]:
+    heads, groups, most = (
+        target.num_attention_heads,
+        target.num_key_value_heads,
+        shape.heads_per_group,
+    )
+    if heads % groups or heads // groups > most:
+        allowed = ", ".join(str(groups * number) for number in range(1, most + 1))
+        return [
+            (
+                "num_attention_heads",
+                f"{heads} query heads do not fit {groups} key-value heads, each of which keeps the "
+                f"same number of its {most}; allowed are {allowed}",
+            )
+        ]
+    return []
+
+
+def _problems_with_width(shape: Shape, target: Sizes) -> list[tuple[str, str]]:
+    hidden, heads = target.hidden_size, target.num_attention_heads
+    if not shape.family.free_head_dim and hidden != heads * shape.head_dim:
+        return [
+            (
+                "hidden_size",
+                f"{hidden} is not num_attention_heads * head_dim, which {shape.family.model_type} "
+                f"requires; with {heads} heads of {shape.head_dim} allowed is "
+                f"{heads * shape.head_dim}",
+            )
+        ]
+    if shape.family.hidden_multiple_of_heads and hidden % heads:
+        return [
+            (
+                "hidden_size",
+                f"{hidden} is not a multiple of num_attention_heads, which "
+                f"{shape.family.model_type} requires; the nearest below is "
+                f"{hidden - hidden % heads}",
+            )
+        ]
+    return []
 
 
 # --- the config of a model that has not been loaded -------------------------------------------
@@ -135,6 +247,8 @@ def source_config(source: ModelSource, corpus: Corpus) -> dict[str, Any]:
                     "a model from scratch takes its vocabulary from the corpus, which must be of "
                     f"kind generated; this one is {corpus.kind}"
                 )
+            from trainers import language  # it needs numpy, which a plan for others does not
+
             return llama_config(shape, len(language.WORDS))
         case FolderModel(path=path):
             config: dict[str, Any] = json.loads((path / "config.json").read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,9 +52,10 @@ def main(config_type: type[ConfigT], run: Callable[[StageContext[ConfigT]], Stag
     except StageError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    outcome = {"metrics": dict(result.metrics), "tokens": result.tokens, "flops": result.flops}
-    (arguments.out / "result.json").write_text(json.dumps(outcome))
-    print(json.dumps(outcome))
+    if os.environ.get("RANK", "0") == "0":  # under a launcher every process gets here
+        outcome = {"metrics": dict(result.metrics), "tokens": result.tokens, "flops": result.flops}
+        (arguments.out / "result.json").write_text(json.dumps(outcome))
+        print(json.dumps(outcome))
 
 
 def _usage_error(message: str) -> int:

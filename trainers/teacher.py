@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainers.checkpoints import final_hidden, output_head
+from trainers.checkpoints import final_hidden, output_head, softcapped
 
 
 class TeacherSignal(Protocol):
@@ -36,4 +36,4 @@ class LiveTeacher:
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """See `TeacherSignal`."""
-        return torch.nn.functional.linear(hidden_ND, self._head)
+        return softcapped(torch.nn.functional.linear(hidden_ND, self._head), self._model)

@@ -1,0 +1,56 @@
+"""A race: every candidate runs the first rung, the best of each rung run the next (practice 9).
+
+A rung is a set of settings laid over the trial's, such as the length of its distillation. Which
+trials there are depends on what the earlier ones measured, so `settled` is asked again and again.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from orchestrator.axes import key_of
+from orchestrator.space import Space, Trial, next_rung
+from orchestrator.spec import Sweep
+
+if TYPE_CHECKING:
+    from orchestrator.records import TrialRecord
+
+
+def settled(sweep: Sweep, space: Space, ended: Mapping[str, TrialRecord]) -> Space:
+    """The space with the trials of every later rung that `ended` decides: those that completed or
+    failed, by id. A rung is decided when all its trials have ended."""
+    rungs = sweep.scheduler.rungs
+    trials = list(space.trials)
+    current = [trial for trial in trials if trial.rung == 0]
+    for number, rung in enumerate(rungs[:-1]):
+        if not current or any(trial.trial_id not in ended for trial in current):
+            break
+        assert rung.keep is not None
+        best = survivors(current, ended, sweep.scheduler.metric, rung.keep)
+        current = list(next_rung(sweep, best, number + 1))
+        known = {trial.trial_id for trial in trials}
+        trials += [trial for trial in current if trial.trial_id not in known]
+    return Space(tuple(trials), space.left_out)
+
+
+def survivors(
+    trials: Sequence[Trial], ended: Mapping[str, TrialRecord], metric: str, keep: int
+) -> list[Trial]:
+    """All seeds of the `keep` configurations with the best mean of the metric; a configuration
+    without a single measurement never survives, and the earlier of equals does."""
+    sign = 1.0 if "loss" in metric else -1.0
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(key_of(trial.axes), []).append(trial)
+    scored: list[tuple[float, list[Trial]]] = []
+    for group in groups.values():
+        values = [ended[trial.trial_id].metrics.get(metric) for trial in group]
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if known:
+            scored.append((sign * statistics.fmean(known), group))
+    scored.sort(key=lambda pair: pair[0])
+    return [trial for _, group in scored[:keep] for trial in group]

@@ -1,0 +1,417 @@
+"""A claim gets the verdict that the trials bear out, and no more than that."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import made_up
+import numpy as np
+import pytest
+import small_sweep
+from pydantic import TypeAdapter
+from scipy import stats
+
+from orchestrator import claims
+from orchestrator.asked import Claim
+from orchestrator.axes import parse_axes
+from orchestrator.claims import Verdict, judge
+from orchestrator.records import TEACHER, ItemRecord, Records, TrialRecord
+from orchestrator.spec import SpecError, load
+
+LOSS, ACCURACY = "lm_loss.after", "accuracy.mean"
+NEW_BETTER = {"better": {"way": "new"}, "than": {"way": "old"}}
+NEW_NO_BETTER = {"no_better": {"way": "new"}, "than": {"way": "old"}, "within": 0.1}
+ADAPTER: TypeAdapter[Claim] = TypeAdapter(Claim)
+
+
+def asked(keys: Mapping[str, Any], **more: Any) -> Claim:
+    """A claim as a sweep file would hold it."""
+    metric = {} if "ranking" in keys else {"metric": LOSS}
+    return ADAPTER.validate_python({"text": "new is better", **metric, **keys, **more})
+
+
+def trial(
+    seed: int, value: float, metric: str = LOSS, baseline: str | None = None, **axes: Any
+) -> TrialRecord:
+    name = ",".join([baseline or "grid", *(f"{n}={v}" for n, v in axes.items()), str(seed)])
+    whole = made_up.trial("perplexity", seed, 0, {})
+    return replace(whole, trial_id=name, baseline=baseline, axes=axes, metrics={metric: value})
+
+
+def trials(way: str, values: Sequence[float], metric: str = LOSS, **axes: Any) -> list[TrialRecord]:
+    """One trial a seed, from seed 0 on."""
+    return [trial(seed, value, metric, way=way, **axes) for seed, value in enumerate(values)]
+
+
+def judged(found: Sequence[TrialRecord], claim: Claim, items: Sequence[ItemRecord] = ()) -> Verdict:
+    (verdict,) = judge(Records("s", "p", trials=tuple(found), items=tuple(items)), [claim])
+    return verdict
+
+
+def interval(verdict: Verdict) -> tuple[float, float, float]:
+    effect = verdict.effect
+    assert effect is not None and effect.low is not None and effect.high is not None
+    return effect.value, effect.low, effect.high
+
+
+# --- the effect and its verdict ---
+
+
+def test_the_effect_is_the_paired_difference_with_students_interval_over_seeds() -> None:
+    new, old = [2.0, 2.3, 2.1], [2.5, 2.6, 2.7]
+    verdict = judged(trials("new", new) + trials("old", old), asked(NEW_BETTER))
+    naive = stats.ttest_rel(old, new)  # a lower loss is better
+    expected = np.mean(np.subtract(old, new)), *naive.confidence_interval(0.95)
+    assert interval(verdict) == pytest.approx(expected)
+    assert (verdict.pairs, verdict.seeds, verdict.metric) == (3, 3, LOSS)
+
+
+@pytest.mark.parametrize(
+    ("metric", "new", "old", "expected"),
+    [
+        (LOSS, [2.0, 2.1, 2.05], [2.5, 2.62, 2.53], "supported"),
+        (LOSS, [2.5, 2.62, 2.53], [2.0, 2.1, 2.05], "contradicted"),
+        (LOSS, [2.0, 2.6, 2.1], [2.3, 2.2, 2.4], "undecided"),
+        ("throughput.b1", [80.0, 82.0, 81.0], [40.0, 41.0, 42.5], "supported"),
+        ("throughput.b1", [40.0, 41.0, 42.5], [80.0, 82.0, 81.0], "contradicted"),
+    ],
+)
+def test_a_claim_is_supported_contradicted_or_undecided(
+    metric: str, new: list[float], old: list[float], expected: str
+) -> None:
+    found = trials("new", new, metric) + trials("old", old, metric)
+    assert judged(found, asked(NEW_BETTER, metric=metric)).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"), [(0.0, "supported"), (0.5, "contradicted"), (0.1, "undecided")]
+)
+def test_no_better_asks_whether_the_gain_stays_within_what_matters(
+    gain: float, expected: str
+) -> None:
+    old = [2.5, 2.6, 2.4]
+    noise = [0.01, -0.01, 0.005]
+    new = [value - gain + each for value, each in zip(old, noise, strict=True)]
+    assert judged(trials("new", new) + trials("old", old), asked(NEW_NO_BETTER)).verdict == expected
+
+
+def test_being_worse_supports_no_better() -> None:
+    found = trials("new", [3.5, 3.62, 3.53]) + trials("old", [2.0, 2.1, 2.05])
+    assert judged(found, asked(NEW_NO_BETTER)).verdict == "supported"
+
+
+# --- pairs ---
+
+
+def test_trials_are_paired_across_the_axes_that_no_group_names() -> None:
+    # The other axis and the seed matter far more than what the claim is about.
+    found = [
+        trial(seed, way_loss + other + seed + noise, way=way, other=other)
+        for way, way_loss in (("new", 0.0), ("old", 0.1))
+        for other in (0, 5)
+        for seed, noise in ((0, 0.0), (1, way_loss / 10), (2, -way_loss / 10))
+    ]
+    verdict = judged(found, asked(NEW_BETTER))
+    assert (verdict.verdict, verdict.pairs, verdict.seeds) == ("supported", 6, 3)
+    assert interval(verdict)[0] == pytest.approx(0.1)
+
+
+def test_every_setting_of_the_other_axes_counts_the_same() -> None:
+    # Two new ways at other=0 and one at other=1: the effect is the mean of 1 and 3.
+    found = [
+        trial(seed, value + seed / 100 * value, way=way, other=other)
+        for seed in (0, 1)
+        for way, other, value in (
+            ("new", 0, 3.0), ("newer", 0, 3.0), ("old", 0, 4.0), ("new", 1, 1.0), ("old", 1, 4.0)
+        )
+    ]  # fmt: skip
+    verdict = judged(found, asked({"better": {"way": ["new", "newer"]}, "than": {"way": "old"}}))
+    assert interval(verdict)[0] == pytest.approx(2.0 * 1.005)
+    assert verdict.pairs == 6
+
+
+def test_a_baseline_is_compared_with_every_value_of_an_axis_it_lacks() -> None:
+    found = [
+        trial(seed, 2.0 + other + seed / 10 * other, way="new", other=other)
+        for other in (0, 1)
+        for seed in (0, 1)
+    ] + [trial(seed, 4.0, baseline="chance") for seed in (0, 1)]
+    verdict = judged(found, asked({"better": {"way": "new"}, "than": {"baseline": "chance"}}))
+    assert (verdict.pairs, verdict.seeds) == (4, 2)
+    assert interval(verdict)[0] == pytest.approx((1.5 + 1.45) / 2)
+
+
+def test_the_teacher_is_compared_with_every_seed() -> None:
+    found = [*trials("new", [2.0, 2.1, 2.05]), trial(0, 1.9, baseline=TEACHER)]
+    verdict = judged(found, asked({"better": {"baseline": TEACHER}, "than": {"way": "new"}}))
+    assert (verdict.pairs, verdict.seeds, verdict.verdict) == (3, 3, "supported")
+
+
+def test_among_narrows_the_grid_and_leaves_a_named_baseline() -> None:
+    found = [
+        trial(seed, value + seed / 100, way="new", rung=rung)
+        for rung, value in (("short", 2.0), ("long", 1.0))
+        for seed in (0, 1)
+    ] + [trial(seed, 2.5, baseline="chance") for seed in (0, 1)]
+    keys = {"better": {"way": "new"}, "than": {"baseline": "chance"}, "among": {"rung": "short"}}
+    verdict = judged(found, asked(keys))
+    assert verdict.pairs == 2
+    assert interval(verdict)[0] == pytest.approx(0.495)
+
+
+def test_a_failed_trial_and_a_missing_value_are_no_data_points() -> None:
+    whole = trials("new", [2.0, 2.1, 2.05]) + trials("old", [2.5, 2.62, 2.53])
+    more = trials("new", [0.0] * 5)[3:] + trials("old", [9.0] * 5)[3:]
+    failed = replace(more[0], status="failed", reason="no", metrics={})
+    found = [*whole, failed, replace(more[1], metrics={}), *more[2:]]
+    assert judged(found, asked(NEW_BETTER)) == judged(whole, asked(NEW_BETTER))
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ([], "the first group"),
+        (trials("new", [2.0, 2.1]), "the second group"),
+        ([trial(0, 1.0, way="new"), trial(1, 2.0, way="old")], "agrees with one of the other"),
+    ],
+)
+def test_without_a_pair_there_is_no_data_and_the_note_says_why(
+    found: list[TrialRecord], why: str
+) -> None:
+    verdict = judged(found, asked(NEW_BETTER))
+    assert (verdict.verdict, verdict.effect, verdict.pairs) == ("no data", None, 0)
+    assert verdict.note is not None and why in verdict.note
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted"),
+    [("new", {"kind": "new"}), ({"kind": "new"}, "new"), (2.0, 2), ([1, 2], [1, 2]), (None, None)],
+)
+def test_a_value_is_found_however_it_is_written(recorded: Any, wanted: Any) -> None:
+    found = [trial(seed, seed / 7, way=recorded) for seed in (0, 1)] + trials("old", [3.0, 3.1])
+    claim = asked({"better": {"way": wanted}, "than": {"way": "old"}})
+    assert judged(found, claim).pairs == 2
+
+
+# --- one seed, and seeds that change nothing ---
+
+
+def answers(trial_id: str, correct: Sequence[float]) -> list[ItemRecord]:
+    return [
+        ItemRecord(trial_id, "task", f"{position:03d}", "select", each, None)
+        for position, each in enumerate(correct)
+    ]
+
+
+def test_with_one_seed_an_accuracy_is_resampled_over_its_questions() -> None:
+    draw = random.Random(1)
+    new, old = ([float(draw.random() < p) for _ in range(200)] for p in (0.8, 0.5))
+    found = [
+        trial(0, float(np.mean(correct)), ACCURACY, way=way)
+        for way, correct in (("new", new), ("old", old))
+    ]
+    items = answers(found[0].trial_id, new) + answers(found[1].trial_id, old)
+    verdict = judged(found, asked(NEW_BETTER, metric=ACCURACY), items)
+    value, low, high = interval(verdict)
+    differences = np.subtract(new, old)
+    error = differences.std() / np.sqrt(len(differences))
+    assert value == pytest.approx(differences.mean())
+    assert (low, high) == pytest.approx((value - 1.96 * error, value + 1.96 * error), abs=0.02)
+    assert verdict.verdict == "supported"
+    assert verdict.note == "one seed: the interval is over questions"
+
+
+def test_with_one_seed_a_loss_stays_undecided_and_the_note_says_why() -> None:
+    verdict = judged([*trials("new", [2.0]), *trials("old", [9.0])], asked(NEW_BETTER))
+    assert verdict.verdict == "undecided"
+    assert verdict.note == "one seed, and the metric has no questions to resample"
+    assert verdict.effect is not None and verdict.effect.low is None
+
+
+def test_seeds_that_change_nothing_are_no_repetitions() -> None:
+    verdict = judged(trials("new", [2.0] * 3) + trials("old", [2.5] * 3), asked(NEW_BETTER))
+    assert verdict.verdict == "undecided"
+    assert verdict.note is not None and "the same with every seed" in verdict.note
+
+
+def test_students_that_are_the_same_are_no_better_than_each_other() -> None:
+    found = trials("new", [2.0, 2.1, 2.2]) + trials("old", [2.0, 2.1, 2.2])
+    assert judged(found, asked(NEW_NO_BETTER)).verdict == "supported"
+    assert judged(found, asked(NEW_BETTER)).verdict == "undecided"
+
+
+# --- rankings ---
+
+
+def ranked(first: Sequence[float], then: Sequence[float]) -> list[TrialRecord]:
+    """One configuration a pair of losses."""
+    pairs = enumerate(zip(first, then, strict=True))
+    return [
+        replace(
+            trial(0, 0.0, way=number), metrics={"lm_loss.before": before, "lm_loss.after": after}
+        )
+        for number, (before, after) in pairs
+    ]
+
+
+def ranking(below: float = 0.9, then: str = "lm_loss.after") -> Claim:
+    keys = {"first": "lm_loss.before", "then": then, "agreement_below": below}
+    return asked({"ranking": keys})
+
+
+def test_the_same_ranking_contradicts_and_an_unrelated_one_supports_a_change() -> None:
+    order = [float(n) for n in range(12)]
+    assert judged(ranked(order, order), ranking()).verdict == "contradicted"
+    shuffled = random.Random(0).sample(order, len(order))
+    verdict = judged(ranked(order, shuffled), ranking())
+    assert verdict.verdict == "supported"
+    assert interval(verdict)[0] == pytest.approx(stats.kendalltau(order, shuffled).statistic)
+    assert (verdict.pairs, verdict.seeds) == (66, 1)
+
+
+def test_a_lower_loss_and_a_higher_accuracy_rank_alike() -> None:
+    found = [
+        replace(each, metrics={"lm_loss.before": float(n), ACCURACY: 1 - n / 10})
+        for n, each in enumerate(ranked([0.0] * 6, [0.0] * 6))
+    ]
+    assert interval(judged(found, ranking(then=ACCURACY)))[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (ranked([1.0, 2.0, 3.0], [3.0, 1.0, 2.0]), "undecided"),
+        (ranked([1.0] * 6, [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]), "undecided"),
+        (ranked([1.0], [2.0]), "no data"),
+    ],
+)
+def test_too_few_or_equal_configurations_decide_nothing(
+    found: list[TrialRecord], expected: str
+) -> None:
+    assert judged(found, ranking()).verdict == expected
+
+
+def test_kendalls_tau_of_resamples_is_scipys() -> None:
+    draw = np.random.default_rng(3)
+    first, then = draw.integers(0, 6, (2, 9)).astype(float)
+    drawn = draw.integers(0, 9, (50, 9))
+    counts = np.array([np.bincount(row, minlength=9) for row in drawn], dtype=float)
+    naive = [stats.kendalltau(first[row], then[row]).statistic for row in drawn]
+    assert claims.kendall(first, then, counts) == pytest.approx(naive, nan_ok=True)
+
+
+# --- honesty ---
+
+
+def test_the_order_of_the_trials_does_not_matter() -> None:
+    draw = random.Random(0)
+    found = [
+        replace(
+            trial(seed, 0.0, way=way, other=other),
+            metrics={name: draw.random() for name in ("lm_loss.before", LOSS)},
+        )
+        for way in ("new", "old", "older")
+        for other in range(3)
+        for seed in range(3)
+    ]
+    shuffled = draw.sample(found, len(found))
+    for claim in (asked(NEW_BETTER), asked(NEW_NO_BETTER), ranking()):
+        assert judged(found, claim) == judged(shuffled, claim)
+
+
+def test_where_there_is_no_effect_at_most_a_twentieth_of_the_verdicts_are_false() -> None:
+    draw = random.Random(7)
+    sweeps, false = 400, 0
+    for _ in range(sweeps):
+        found = [
+            trial(seed, shared + other + draw.gauss(0, 0.05), way=way, other=other)
+            for seed in range(3)
+            for shared in [draw.gauss(2, 0.3)]
+            for other in (0, 1)
+            for way in ("new", "old")
+        ]
+        false += judged(found, asked(NEW_BETTER)).verdict != "undecided"
+    # The interval is exact here, so the count is binomial with p = 0.05: expected are 20, and in
+    # one run of a hundred it is above this bound.
+    assert false <= stats.binom.ppf(0.99, sweeps, 0.05)
+
+
+# --- in the sweep file ---
+
+IN_FILE: dict[str, Any] = {
+    "text": "Perplexity chooses better layers than chance",
+    "better": {"prune.depth.criterion": "perplexity"},
+    "than": {"baseline": "random_layers"},
+    "metric": "lm_loss.after",
+}
+
+
+def sweep_with(folder: Path, *found: Any, more: Mapping[str, Any] | None = None) -> Path:
+    return small_sweep.write(folder, {**small_sweep.SWEEP, **(more or {}), "claims": list(found)})
+
+
+def test_a_sweep_hands_its_claims_on_in_its_resolved_form(tmp_path: Path) -> None:
+    sweep = load(sweep_with(tmp_path, {**IN_FILE, "practice": 2}))
+    assert sweep.claims[0].practice == 2
+    again = tmp_path / "again.yaml"
+    again.write_text(sweep.dump_yaml())
+    assert load(again).claims == sweep.claims
+    assert "claims" not in load(small_sweep.write(tmp_path)).resolved()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"better": {"prune.depth.criterio": "perplexity"}},
+         "claims.0.better.prune.depth.criterio: is not an axis, did you mean "
+         "'prune.depth.criterion'?"),
+        ({"better": {"prune.depth.criterion": ["perplexity", "task"]}},
+         "claims.0.better.prune.depth.criterion: task is not a value of that axis; its values: "
+         "perplexity, block_influence"),
+        ({"than": {"baseline": "random_layer"}},
+         "claims.0.than.baseline: there is no baseline random_layer, did you mean "
+         "'random_layers'?"),
+        ({"among": {"seed": 3}}, "claims.0.among.seed: 3 is not a value of that axis"),
+        ({"among": {"rung": "short"}}, "claims.0.among.rung: is not an axis"),
+        ({"metric": "lm_loss.aftr"},
+         "claims.0.metric: 'lm_loss.aftr' is not measured, did you mean 'lm_loss.after'?"),
+        ({"beter": {}}, "claims.0.beter: unknown key"),
+        ({"better": None}, "claims.0.better: "),
+        ({"better": {}}, "claims.0.better: needs at least 1"),
+        ({"within": 0.1}, "claims.0.within: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_claim_is_told_with_its_place(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    path = sweep_with(tmp_path, {**IN_FILE, **change})
+    with pytest.raises(SpecError) as raised:
+        parse_axes(load(path))
+    message = next(m for m in raised.value.messages if expected in m)
+    file, line, _ = message.split(":", 2)
+    assert file == str(path)
+    key = expected.split(":")[0].split(".", 2)[2].split(".", 1)[-1]
+    lines = path.read_text().splitlines()[int(line) - 2 : int(line)]
+    assert any(f"{key}:" in each for each in lines), "the value's line, or the one of its key"
+
+
+def test_a_claim_of_no_kind_or_two_names_the_three(tmp_path: Path) -> None:
+    for keys, given in (({}, "none"), (NEW_BETTER | NEW_NO_BETTER, "better and no_better")):
+        with pytest.raises(SpecError) as raised:
+            load(sweep_with(tmp_path, {"text": "?", **keys}))
+        assert f"one of better, no_better, ranking; this one has {given}" in str(raised.value)
+
+
+def test_a_claim_about_values_that_were_set_aside_has_no_data_and_is_no_mistake(
+    tmp_path: Path,
+) -> None:
+    path = sweep_with(tmp_path, IN_FILE)
+    sweep = load(path, overrides=["axes.prune.depth.criterion=[block_influence]"])
+    parse_axes(sweep)
+    again = tmp_path / "again.yaml"
+    again.write_text(sweep.dump_yaml())
+    parse_axes(load(again))
