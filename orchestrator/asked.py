@@ -62,11 +62,22 @@ class _Claim(Frozen):
     published: str | None = None
 
 
+OTHERS = {"others": True}
+
+
+def _others(value: Any) -> Any:
+    return OTHERS if value == "others" else value
+
+
+Opponents = Annotated[Group, BeforeValidator(_others)]
+"""A group, or `others`: all trials of the grid that are not in the first one."""
+
+
 class Better(_Claim):
     """The first group does better than the second."""
 
     better: Group
-    than: Group
+    than: Opponents
     metric: str
 
 
@@ -74,7 +85,7 @@ class NoBetter(_Claim):
     """The first group improves on the second by less than `within`, in the metric's unit."""
 
     no_better: Group
-    than: Group
+    than: Opponents
     within: float = Field(gt=0)
     metric: str
 

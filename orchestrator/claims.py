@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from orchestrator.asked import (
     BASELINE,
+    OTHERS,
     SEED,
     Better,
     Claim,
@@ -118,6 +119,17 @@ def _members(
     return sorted(found, key=lambda member: member.trial_id)
 
 
+def _others(records: Records, claim: Better | NoBetter, group: Mapping[str, Any]) -> list[_Member]:
+    """The trials of the grid that have every axis of the group, and are not in it."""
+    everything = _members(records, claim.metric, {}, claim.among)
+    own = _rule(records, group)
+    return [
+        member
+        for member in everything
+        if own.keys() <= member.settings.keys() and not _fits(member.settings, own)
+    ]
+
+
 def _settings(trial: TrialRecord) -> dict[str, str]:
     """Keys of the axes, the baseline and the seed, where the trial has one. No seed enters the
     teacher, so it has none."""
@@ -160,10 +172,13 @@ class _Pair:
 
 def _versus(records: Records, claim: Better | NoBetter) -> Verdict:
     group = claim.better if isinstance(claim, Better) else claim.no_better
-    first, second = (
-        _members(records, claim.metric, each, claim.among) for each in (group, claim.than)
-    )
-    free = {*group, *claim.than, BASELINE} - {SEED}
+    first = _members(records, claim.metric, group, claim.among)
+    if claim.than == OTHERS:
+        second, named = _others(records, claim, group), set[str]()
+    else:
+        second = _members(records, claim.metric, claim.than, claim.among)
+        named = set(claim.than)
+    free = {*group, *named, BASELINE} - {SEED}
     pairs = _pairs(first, second, free)
     if not pairs:
         return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))

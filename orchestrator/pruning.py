@@ -160,7 +160,7 @@ class WidthSettings(Frozen):
     criterion: Annotated[ByActivation | RandomUnits, Field(discriminator="kind"), Shorthand] = (
         ByActivation()
     )
-    head_residual: bool = True
+    head_residual: bool = False
     rescale_norms: bool = False
 
     @property

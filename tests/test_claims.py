@@ -134,6 +134,20 @@ def test_every_setting_of_the_other_axes_counts_the_same() -> None:
     assert verdict.pairs == 6
 
 
+def test_others_are_all_trials_of_the_grid_outside_the_first_group() -> None:
+    found = [
+        trial(seed, value + 0.01 * seed, way=way, size=size)
+        for way, size, value in (("new", 1, 1.0), ("new", 2, 2.0), ("old", 1, 3.0))
+        for seed in (0, 1, 2)
+    ]
+    found += [trial(seed, 9.0, baseline="chance") for seed in (0, 1, 2)]
+    claim = asked({"better": {"way": "new", "size": 1}, "than": "others"})
+    verdict = judged(found, claim)
+    assert verdict.pairs == 2 * 3
+    assert verdict.effect is not None
+    assert verdict.effect.value == pytest.approx((1.0 + 2.0) / 2)
+
+
 def test_a_baseline_is_compared_with_every_value_of_an_axis_it_lacks() -> None:
     found = [
         trial(seed, 2.0 + other + seed / 10 * other, way="new", other=other)

@@ -96,7 +96,11 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
         PruneConfig(
             depth=DepthCut(num_hidden_layers=2, choice=ByScore()),
             width=WidthCut(
-                intermediate_size=20, hidden_size=12, num_attention_heads=1, choice=ByActivation()
+                intermediate_size=20,
+                hidden_size=12,
+                num_attention_heads=1,
+                choice=ByActivation(),
+                head_residual=True,
             ),
         ),
         model=source,

@@ -447,7 +447,7 @@ class WidthCut(Frozen):
     num_attention_heads: int | None = Field(default=None, gt=0)
     num_key_value_heads: int | None = Field(default=None, gt=0)
     choice: UnitChoice
-    head_residual: bool = True
+    head_residual: bool = False
     rescale_norms: bool = False
 
 
