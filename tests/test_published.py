@@ -6,12 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import TypeAdapter
 
 from orchestrator import selection, tables
+from orchestrator.asked import Claim
 from orchestrator.records import Records, read_parquet
 
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/*/trials.parquet"))
+
+
+CLAIM: TypeAdapter[Claim] = TypeAdapter(Claim)
 
 
 def named(folder: Path) -> str:
@@ -47,7 +53,13 @@ def test_published_tables_come_out_of_the_parquet_files_byte_for_byte(
     folder: Path, tmp_path: Path
 ) -> None:
     records = read_parquet(folder)
-    tables.write(tables.all_tables(records, selection.rank(records)), tmp_path)
+    # Read as plain YAML: to load the sweep, its model and text would have to be here.
+    ran = yaml.safe_load((folder / "sweep.yaml").read_text())
+    rungs = ran.get("scheduler", {}).get("rungs")
+    among = ran["select"].get("among") or ({"rung": rungs[-1]["name"]} if rungs else None)
+    ranking = selection.rank(records, ran["select"]["metric"], ran["select"]["mode"], among)
+    claims = [CLAIM.validate_python(claim) for claim in ran.get("claims", ())]
+    tables.write(tables.all_tables(records, ranking, claims), tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (folder / "tables" / file.name).read_bytes()
 
