@@ -15,6 +15,12 @@ from pydantic_core import PydanticCustomError
 from trainers.config import Frozen
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether less of the metric is better: losses and errors."""
+    kind = metric.partition(".")[0]
+    return "loss" in kind or "error" in kind
+
+
 class Select(Frozen):
     """What makes a trial the winner. Losses are best low, anything else high, unless said.
 
@@ -29,7 +35,9 @@ class Select(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _losses_are_best_low(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "mode" not in data and "loss" in str(data.get("metric")):
+        if not isinstance(data, dict) or "mode" in data:
+            return data
+        if lower_is_better(str(data.get("metric", ""))):
             return {**data, "mode": "min"}
         return data
 

@@ -34,6 +34,7 @@ from orchestrator.asked import (
     RankingChanges,
     key_of,
     keys_meant,
+    lower_is_better,
 )
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import (
@@ -87,8 +88,8 @@ def judge(records: Records, claims: Sequence[Claim]) -> tuple[Verdict, ...]:
 
 
 def sign_of(metric: str) -> float:
-    """-1 for a loss, which is better low; 1 for any other metric."""
-    return -1.0 if "loss" in metric.partition(".")[0] else 1.0
+    """-1 for a metric that is better low; 1 for any other."""
+    return -1.0 if lower_is_better(metric) else 1.0
 
 
 # --- which trials are meant ------------------------------------------------------------------

@@ -305,13 +305,15 @@ def _run_jobs(
                 ledger,
                 mirror,
                 board,
-                sweep.resources.checkpoint_every_s,
+                sweep.resources,
                 address,
-                max_concurrent or sweep.resources.max_concurrent,
+                max_concurrent,
                 more,
             )
     except KeyboardInterrupt:
         return True
+    except tuning.NoRoomError as error:
+        _refuse(str(error))
     return summary.interrupted
 
 
@@ -499,6 +501,8 @@ def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -
         f"({total['stages_stored']} stored), {total['tokens']:,} tokens, {total['flops']:.3g} "
         "FLOPs; work shared between trials counts once, questions are not counted"
     )
+    if total["cache_bytes"]:
+        out.print(f"caches of teacher outputs: {total['cache_bytes'] / 1e9:.3g} GB of disk")
 
 
 def _plan_as_json(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import importlib
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from orchestrator.records import (
 from orchestrator.stages import STAGES
 from orchestrator.store import Manifest, Store
 from trainers.config import for_record
-from trainers.contract import Interrupted, Runtime, StageContext, StageResult, read_rows
+from trainers.contract import (
+    DamagedInputError,
+    Interrupted,
+    Runtime,
+    StageContext,
+    StageError,
+    StageResult,
+    read_rows,
+)
 
 Sink = Callable[[str, int, int, Mapping[str, float]], None]
 """Hears (stage kind, done, total, values) while a stage runs; raises `Interrupted` to stop it."""
@@ -38,6 +46,42 @@ class _StageReporter:
         self.sink(self.kind, done, total, values)
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a stage cost, over all its workers."""
+
+    cpu_s: float
+    gpu_s: float
+    peak_rss_mb: float
+
+    @staticmethod
+    def meter() -> Callable[[float], Costs]:
+        """Starts to measure this process; calling the result with the seconds of GPU that a stage
+        used gives the costs since."""
+        _reset_peak_memory()
+        started = time.process_time()
+        return lambda gpu_s: Costs(time.process_time() - started, gpu_s, _peak_memory_mb())
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A stage's result and what it cost."""
+
+    result: StageResult
+    costs: Costs
+
+
+Launch = Callable[[StageNode, StageContext[Any]], Launched]
+"""Runs a stage's entry point, here or on several workers."""
+
+
+def launch_here(node: StageNode, context: StageContext[Any]) -> Launched:
+    """Run the stage in this process."""
+    meter = Costs.meter()
+    result = entry_point(STAGES[node.kind].entry_point)(context)
+    return Launched(result, meter(result.gpu_s))
+
+
 def run_stage(
     node: StageNode,
     store: Store,
@@ -45,6 +89,7 @@ def run_stage(
     requested_by: str,
     sink: Sink,
     runtime: Runtime,
+    launch: Launch = launch_here,
 ) -> StageRecord:
     """The stage's record. Its artifact is in the store afterwards.
 
@@ -55,8 +100,28 @@ def run_stage(
         with store.lease(node.stage_id):
             stored = store.manifest(node.stage_id)  # another may have built it while we waited
             if stored is None:
-                stored = _build(node, store, requested_by, sink, runtime)
+                stored = _build(node, store, requested_by, sink, runtime, launch)
     return stage_record(stored, trial_id, cached=stored.requested_by != requested_by)
+
+
+def run_stages(
+    nodes: Sequence[StageNode], run: Callable[[StageNode], StageRecord], store: Store
+) -> Iterator[StageRecord]:
+    """The records of a trial's stages, run one after the other.
+
+    An input that turns out to be damaged is thrown away and built again, once.
+    """
+    by_id = {node.stage_id: node for node in nodes}
+    for node in nodes:
+        try:
+            yield run(node)
+        except DamagedInputError as error:
+            damaged = by_id.get(node.inputs.get(error.role, ""))
+            if damaged is None:
+                raise
+            store.discard(damaged.stage_id)
+            yield run(damaged)
+            yield run(node)
 
 
 def stage_record(stored: Manifest, trial_id: str, cached: bool) -> StageRecord:
@@ -76,13 +141,17 @@ def stage_record(stored: Manifest, trial_id: str, cached: bool) -> StageRecord:
 
 
 def _build(
-    node: StageNode, store: Store, requested_by: str, sink: Sink, runtime: Runtime
+    node: StageNode,
+    store: Store,
+    requested_by: str,
+    sink: Sink,
+    runtime: Runtime,
+    launch: Launch,
 ) -> Manifest:
-    stage = STAGES[node.kind]
     out = store.working_folder(node.stage_id)
     out.mkdir(parents=True, exist_ok=True)
     context: StageContext[Any] = StageContext(
-        config=stage.config.model_validate(node.config),
+        config=STAGES[node.kind].config.model_validate(node.config),
         inputs={role: store.path(stage_id) for role, stage_id in node.inputs.items()},
         out=out,
         seed=node.seed or 0,
@@ -90,14 +159,30 @@ def _build(
         runtime=runtime,
     )
     sink(node.kind, 0, 0, {})
-    meter = _Meter()
-    result: StageResult = _entry_point(stage.entry_point)(context)
-    manifest = meter.manifest(node, requested_by, result)
+    started, began = time.time(), time.monotonic()
+    launched = launch(node, context)
+    manifest = Manifest(
+        stage_id=node.stage_id,
+        kind=node.kind,
+        requested_by=requested_by,
+        config=node.config,
+        inputs=node.inputs,
+        seed=node.seed,
+        metrics=dict(launched.result.metrics),
+        tokens=launched.result.tokens,
+        flops=launched.result.flops,
+        **asdict(launched.costs),
+        wall_s=time.monotonic() - began,
+        started_at=started,
+        ended_at=time.time(),
+        files={},
+    )
     store.publish(manifest)
     return manifest
 
 
-def _entry_point(name: str) -> Callable[[StageContext[Any]], StageResult]:
+def entry_point(name: str) -> Callable[[StageContext[Any]], StageResult]:
+    """The function that `module:function` names."""
     module, function = name.split(":")
     found: Callable[[StageContext[Any]], StageResult] = getattr(
         importlib.import_module(module), function
@@ -105,33 +190,11 @@ def _entry_point(name: str) -> Callable[[StageContext[Any]], StageResult]:
     return found
 
 
-class _Meter:
-    """Time and memory between its creation and the manifest."""
-
-    def __init__(self) -> None:
-        _reset_peak_memory()
-        self._started = time.time()
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-
-    def manifest(self, node: StageNode, requested_by: str, result: StageResult) -> Manifest:
-        return Manifest(
-            stage_id=node.stage_id,
-            kind=node.kind,
-            requested_by=requested_by,
-            config=node.config,
-            inputs=node.inputs,
-            seed=node.seed,
-            metrics=dict(result.metrics),
-            tokens=result.tokens,
-            flops=result.flops,
-            cpu_s=time.process_time() - self._cpu,
-            gpu_s=0.0,
-            wall_s=time.monotonic() - self._wall,
-            peak_rss_mb=_peak_memory_mb(),
-            started_at=self._started,
-            ended_at=time.time(),
-            files={},
-        )
+def reason_of(error: Exception) -> str:
+    """The first line of what a user should read of a failure."""
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, StageError) else f"{type(error).__name__}: {first}"
 
 
 def _reset_peak_memory() -> None:
@@ -242,7 +305,7 @@ def _metrics(manifests: Mapping[str, Manifest]) -> dict[str, float]:
         if step not in manifests:
             continue
         for name, value in manifests[step].metrics.items():
-            if name in ("lm_loss", "kd_loss"):
+            if name in ("lm_loss", "kd_loss", "calibration_error"):
                 metrics[f"{name}.{step}"] = value
             elif step == "after":
                 metrics[name] = value
@@ -290,11 +353,17 @@ def block_scores(stage_id: str, store: Store) -> tuple[BlockScore, ...]:
 
 __all__ = [
     "Collected",
+    "Costs",
     "Interrupted",
+    "Launched",
     "Runtime",
     "block_scores",
     "collect",
+    "entry_point",
     "failed_trial",
+    "launch_here",
+    "reason_of",
     "run_stage",
+    "run_stages",
     "stage_record",
 ]

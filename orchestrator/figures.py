@@ -208,7 +208,7 @@ def layer_importance(records: Records, name: str) -> Drawing | None:
             _draw_blocks(axes, scores)
             axes.set_xlabel("layer where the left-out block ends")
             if len(shown) > 1:
-                axes.set_title(f"{scores[0].criterion}, {stage_id[:8]}", fontsize=8)
+                axes.set_title(f"{scores[0].criterion}, {_asked_by(records, stage_id)}", fontsize=8)
         panels[0].set_ylabel(axis_label)
         _legend_below(figure, panels[0])
     caption = (
@@ -216,6 +216,13 @@ def layer_importance(records: Records, name: str) -> Drawing | None:
         "layer where the block ends (the first layer is 1)."
     )
     return Drawing(f"layer_importance_{name}", caption, figure)
+
+
+def _asked_by(records: Records, stage_id: str) -> str:
+    """Whose scores these are: of the one seed that asked for them, or of the stage."""
+    trials = {stage.trial_id for stage in records.stages if stage.stage_id == stage_id}
+    seeds = {trial.seed for trial in records.trials if trial.trial_id in trials}
+    return f"seed {seeds.pop()}" if len(seeds) == 1 else stage_id.rpartition("-")[2][:6]
 
 
 def _shown_lengths(lengths: set[int]) -> list[int]:

@@ -21,9 +21,9 @@ from orchestrator.pruning import (
     RandomLayers,
     stepwise,
 )
-from orchestrator.settings import DistillSettings
+from orchestrator.settings import AutoSignal, DistillSettings
 from orchestrator.space import LeftOut, Space, Trial, origin_of, source_shape
-from orchestrator.spec import SpecError, Sweep, TrialConfig
+from orchestrator.spec import Resources, SpecError, Sweep, TrialConfig
 from orchestrator.stages import STAGES
 from trainers.config import (
     AcquireConfig,
@@ -32,24 +32,47 @@ from trainers.config import (
     ByActivation,
     ByList,
     ByScore,
+    CacheConfig,
+    Corpus,
+    CorrectConfig,
     Criterion,
     DepthCut,
     DistillConfig,
+    DistillLoss,
     EvaluateConfig,
+    FolderModel,
+    GgufModel,
+    HiddenCache,
+    HubModel,
     ImportanceConfig,
     LayerChoice,
+    LiveSignal,
+    ModelSource,
     Perplexity,
     PretrainConfig,
     PruneConfig,
     RandomUnits,
+    SampledCache,
     ScratchModel,
+    Signal,
     TaskAccuracy,
+    TopKCache,
+    Training,
     WidthCut,
     hash_of,
     identity,
 )
 from trainers.families import UnknownFamilyError
-from trainers.shapes import Shape, Sizes, problems_with
+from trainers.mapping import teacher_states
+from trainers.shapes import (
+    Shape,
+    Sizes,
+    cache_bytes,
+    problems_with,
+    shape_of,
+    source_config,
+    vocabulary,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,8 @@ class StageNode:
     tokens: int = 0
     """Tokens trained on or scored, questions not counted."""
     flops: float = 0.0
+    disk_bytes: int = 0
+    """Of a cache; checkpoints are not counted."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,12 @@ def plan_trial(sweep: Sweep, trial: Trial) -> TrialPlan:
     except (ValueError, OSError, UnknownFamilyError) as error:
         raise SpecError(f"{origin_of(sweep, trial, 'source')}: source: {error}") from error
     shapes = _shapes_after(sweep, trial, source)
-    steps = _Steps(trial.config, source, shapes).planned()
+    try:
+        steps = _Steps(trial.config, sweep.resources, source, shapes).planned()
+    except ValueError as error:
+        other = isinstance(error, VocabularyError)
+        at = "distill.teacher_model" if other else "distill.loss.hidden.mapping"
+        raise SpecError(f"{origin_of(sweep, trial, at)}: {at}: {error}") from error
     return TrialPlan(trial, shapes[-1] if shapes else source, steps, tuple(shapes[:-1]))
 
 
@@ -206,86 +236,122 @@ def _source_node(config: TrialConfig, shape: Shape) -> StageNode:
     source = config.source
     if not isinstance(source, ScratchModel):
         return _node("acquire", AcquireConfig(source=source), {}, None)
-    training, length = source.training, config.corpus.block_length
+    corpus = source.corpus or config.corpus
+    training, length = source.training, corpus.block_length
     tokens = training.steps * training.batch_size * length
-    pretrain = PretrainConfig(shape=source.shape, corpus=config.corpus, training=training)
+    pretrain = PretrainConfig(shape=source.shape, corpus=corpus, training=training)
     seed = config.seed if source.seed is None else source.seed
     return _node("pretrain", pretrain, {}, seed, tokens, shape.training_flops(tokens, length))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A stage that leaves a model, and the model's shape."""
+
+    node: StageNode
+    shape: Shape
 
 
 class _Steps:
     """Collects the stages of one trial by step."""
 
-    def __init__(self, config: TrialConfig, source: Shape, shapes: Sequence[Shape]) -> None:
-        self._config, self._source, self._shapes = config, source, shapes
+    def __init__(
+        self, config: TrialConfig, resources: Resources, source: Shape, shapes: Sequence[Shape]
+    ) -> None:
+        self._config, self._resources = config, resources
+        self._source, self._shapes = source, shapes
         self._steps: dict[str, StageNode] = {}
 
     def planned(self) -> dict[str, StageNode]:
         """The steps in the order they run: the chain's under `chain1.`, `chain2.` and so on."""
         config, steps = self._config, self._steps
-        student = teacher = steps["source"] = _source_node(config, self._source)
-        shape = self._source
+        student = original = _Model(_source_node(config, self._source), self._source)
+        steps["source"] = original.node
+        if config.correct is not None:
+            corrected = steps["correct"] = _correct_node(config, original)
+            original = _Model(corrected, self._source)
+            student = original if config.correct.prune_from == "corrected" else student
         for number, (link, target) in enumerate(zip(config.chain, self._shapes, strict=False), 1):
-            prefix = f"chain{number}."
-            cut_from = student, shape
-            student, shape = self._pruned(link.prune, student, shape, target, prefix), target
-            distill = link.distillation(config.distill)
-            if distill is not None:
-                taught_by = (teacher, self._source) if distill.teacher == "original" else cut_from
-                student = steps[f"{prefix}distill"] = _distill_node(
-                    config, distill, student, shape, *taught_by
-                )
-        cut_from = student, shape
+            prefix, before = f"chain{number}.", student
+            student = self._pruned(link.prune, before, target, prefix)
+            settings = link.distillation(config.distill)
+            if settings is not None:
+                student = self._distilled(settings, student, before, original, prefix)
+        before = student
         if config.prune is not None:
-            target = self._shapes[-1]
-            student, shape = self._pruned(config.prune, student, shape, target, ""), target
+            student = self._pruned(config.prune, before, self._shapes[-1], "")
         if config.distill is not None:
-            steps["before"] = self._evaluation(student, shape, "before")
-            original = config.distill.teacher == "original"
-            taught_by = (teacher, self._source) if original else cut_from
-            student = steps["distill"] = _distill_node(
-                config, config.distill, student, shape, *taught_by
-            )
-        steps["after"] = self._evaluation(student, shape, "after")
+            steps["before"] = self._evaluation(student, original, "before")
+            student = self._distilled(config.distill, student, before, original, "")
+        steps["after"] = self._evaluation(student, original, "after")
         return steps
 
-    def _evaluation(self, model: StageNode, shape: Shape, when: str) -> StageNode:
-        """An evaluation beside the original model, unless it is the original that is evaluated."""
-        original = self._steps["source"]
-        teacher = None if model is original else (original, self._source)
-        return _evaluate_node(self._config, model, shape, teacher, before=when == "before")
+    def _distilled(
+        self,
+        settings: DistillSettings,
+        student: _Model,
+        before: _Model,
+        original: _Model,
+        prefix: str,
+    ) -> _Model:
+        """The student after its distillation; a cache of its teacher is a stage of its own."""
+        config = self._config
+        teacher = before if settings.teacher == "previous" else original
+        if settings.teacher_model is not None:
+            teacher = _other_teacher(config, settings.teacher_model)
+            self._steps[f"{prefix}teacher"] = teacher.node
+        stage = DistillConfig(
+            corpus=config.corpus,
+            training=settings.training,
+            loss=settings.loss,
+            signal=_signal(config, settings, self._resources, student, teacher),
+        )
+        context, training = config.corpus.block_length, settings.training
+        tokens = training.steps * training.batch_size * context
+        flops = student.shape.training_flops(tokens, context)
+        inputs = {"model": student.node.stage_id}
+        if not isinstance(stage.signal, LiveSignal):
+            cache = self._steps[f"{prefix}cache"] = _cache_node(config, stage, student, teacher)
+            inputs["signals"] = cache.stage_id
+            if isinstance(stage.signal, HiddenCache):
+                flops += 2 * tokens * teacher.shape.hidden_size * teacher.shape.vocab_size
+        elif settings.loss.needs_teacher:
+            inputs["teacher"] = teacher.node.stage_id
+            flops += teacher.shape.forward_flops(tokens, context)
+        node = _node("distill", stage, inputs, config.seed, tokens, flops)
+        self._steps[f"{prefix}distill"] = node
+        return _Model(node, student.shape)
 
-    def _pruned(
-        self, cut: PruneSettings, model: StageNode, shape: Shape, target: Shape, prefix: str
-    ) -> StageNode:
+    def _evaluation(self, model: _Model, original: _Model, when: str) -> StageNode:
+        """An evaluation beside the original model, unless it is the original that is evaluated."""
+        teacher = None if model.node is original.node else original
+        return _evaluate_node(self._config, model, teacher, before=when == "before")
+
+    def _pruned(self, cut: PruneSettings, model: _Model, target: Shape, prefix: str) -> _Model:
         """Score and cut in as many rounds as asked; gives the last round's pruning."""
-        rounds = stepwise(shape, target.sizes, cut.iterations)
+        rounds = stepwise(model.shape, target.sizes, cut.iterations)
         for number, sizes in enumerate(rounds, 1):
             name = prefix + (f"round{number}." if number < len(rounds) else "")
-            smaller = self._source.resized(sizes)
-            model = self._cut_once(cut, model, shape, smaller, name)
-            shape = smaller
+            model = self._cut_once(cut, model, self._source.resized(sizes), name)
         return model
 
-    def _cut_once(
-        self, cut: PruneSettings, model: StageNode, shape: Shape, target: Shape, name: str
-    ) -> StageNode:
-        config, inputs = self._config, {"model": model.stage_id}
-        stage = _prune_config(cut, shape.sizes, target.sizes)
-        layers = _layer_criterion(config, cut, shape, target) if _by_score(stage) else None
+    def _cut_once(self, cut: PruneSettings, model: _Model, target: Shape, name: str) -> _Model:
+        config, inputs = self._config, {"model": model.node.stage_id}
+        stage = _prune_config(cut, model.shape.sizes, target.sizes)
+        layers = _layer_criterion(config, cut, model.shape, target) if _by_score(stage) else None
         needed = {"importance": layers}
         if stage.width is not None and isinstance(stage.width.choice, ByActivation):
             needed["activations"] = Activations(samples=config.importance.samples)
         for role, criterion in needed.items():
             if criterion is not None and stage.initialise == "inherited":
-                node = _importance_node(config, criterion, shape, model)
+                node = _importance_node(config, criterion, model)
                 inputs[role] = node.stage_id
                 # One pass may tell of layers and units alike: it is one stage, in both roles.
                 if node not in self._steps.values():
                     self._steps[f"{name}{role}"] = node
         seed = config.seed if _draws(stage) else None
         node = self._steps[f"{name}prune"] = _node("prune", stage, inputs, seed)
-        return node
+        return _Model(node, target)
 
 
 def _prune_config(cut: PruneSettings, source: Sizes, target: Sizes) -> PruneConfig:
@@ -352,9 +418,8 @@ def _layer_criterion(
             return Activations(samples=config.importance.samples)
 
 
-def _importance_node(
-    config: TrialConfig, criterion: Criterion, shape: Shape, model: StageNode
-) -> StageNode:
+def _importance_node(config: TrialConfig, criterion: Criterion, model: _Model) -> StageNode:
+    shape = model.shape
     corpus = config.importance.corpus or config.corpus
     stage = ImportanceConfig(
         criterion=criterion, corpus=corpus, precision=config.evaluate.precision
@@ -369,7 +434,7 @@ def _importance_node(
             )
             for above in _layers_above_blocks(shape.num_hidden_layers, criterion.block_lengths)
         )
-    return _node("importance", stage, {"model": model.stage_id}, None, tokens, flops)
+    return _node("importance", stage, {"model": model.node.stage_id}, None, tokens, flops)
 
 
 def _layers_above_blocks(count: int, lengths: Sequence[int]) -> list[int]:
@@ -377,41 +442,133 @@ def _layers_above_blocks(count: int, lengths: Sequence[int]) -> list[int]:
     return [count - first - n for n in lengths for first in range(count - n + 1)]
 
 
-def _distill_node(
+def _other_teacher(config: TrialConfig, model: FolderModel | HubModel) -> _Model:
+    """A teacher that is not the source. Raises `VocabularyError` where its tokens are others."""
+    shape, source = shape_of(source_config(model, config.corpus)), source_shape(config)
+    if shape.vocab_size != source.vocab_size:
+        raise VocabularyError(
+            f"the vocabularies differ: {shape.vocab_size} tokens in the teacher "
+            f"{_name_of(model)}, {source.vocab_size} in the student's source "
+            f"{_name_of(config.source)}"
+        )
+    if isinstance(model, FolderModel) and isinstance(config.source, FolderModel):
+        theirs, ours = vocabulary(model.path), vocabulary(config.source.path)
+        if theirs is not None and ours is not None and theirs != ours:
+            raise VocabularyError(
+                f"the tokenizers differ: that of the teacher {_name_of(model)} and that of the "
+                f"student's source {_name_of(config.source)} number their tokens otherwise"
+            )
+    return _Model(_node("acquire", AcquireConfig(source=model), {}, None), shape)
+
+
+class VocabularyError(ValueError):
+    """Teacher and student do not speak of the same tokens."""
+
+
+def _name_of(source: ModelSource) -> str:
+    match source:
+        case FolderModel(path=path):
+            return str(path)
+        case HubModel(repository=repository):
+            return repository
+        case GgufModel(file=file):
+            return file.name
+        case ScratchModel():
+            return "pretrained here"
+
+
+def _correct_node(config: TrialConfig, source: _Model) -> StageNode:
+    assert config.correct is not None
+    training, context = config.correct.training, config.corpus.block_length
+    tokens = training.steps * training.batch_size * context
+    stage = CorrectConfig(corpus=config.corpus, training=training)
+    inputs = {"model": source.node.stage_id}
+    flops = source.shape.training_flops(tokens, context)
+    return _node("correct", stage, inputs, config.seed, tokens, flops)
+
+
+def _signal(
     config: TrialConfig,
     settings: DistillSettings,
-    student: StageNode,
-    shape: Shape,
-    teacher: StageNode,
-    teacher_shape: Shape,
+    resources: Resources,
+    student: _Model,
+    teacher: _Model,
+) -> Signal:
+    """The teacher signal that is set, or the cheapest exact one: hidden states computed once, where
+    they fit the disk. Decided for each trial by itself, lest another trial change its identity."""
+    if not settings.loss.needs_teacher:
+        return LiveSignal()
+    # Raises for layers that there are not, whatever the signal.
+    states = _cached_states(settings.loss, student.shape, teacher.shape)
+    if not isinstance(settings.signal, AutoSignal):
+        return settings.signal
+    cached = HiddenCache()
+    needed = _cache_bytes(config, settings.training, cached, len(states), teacher.shape)
+    return cached if needed <= resources.largest_cache_gb * 1e9 else LiveSignal()
+
+
+def _cache_bytes(
+    config: TrialConfig,
+    training: Training,
+    signal: HiddenCache | SampledCache | TopKCache,
+    states: int,
+    teacher: Shape,
+) -> int:
+    blocks, length = _blocks_drawn(config.corpus, training), config.corpus.block_length
+    return cache_bytes(teacher, signal, blocks, length, training.precision, states)
+
+
+def _blocks_drawn(corpus: Corpus, training: Training) -> int:
+    """Distinct blocks of a run, as far as is known before the text is read."""
+    drawn = training.steps * training.batch_size
+    known = getattr(corpus, "training_blocks", None)
+    return drawn if known is None else min(drawn, known)
+
+
+def _cached_states(loss: DistillLoss, student: Shape, teacher: Shape) -> tuple[str, ...]:
+    if loss.hidden is None:
+        return ()
+    return teacher_states(loss.hidden, student.num_hidden_layers, teacher.num_hidden_layers)
+
+
+def _cache_node(
+    config: TrialConfig, distill: DistillConfig, student: _Model, teacher: _Model
 ) -> StageNode:
-    context = config.corpus.block_length
-    stage = DistillConfig(corpus=config.corpus, training=settings.training, loss=settings.loss)
-    tokens = settings.training.steps * settings.training.batch_size * context
-    flops = shape.training_flops(tokens, context)
-    inputs = {"model": student.stage_id}
-    if settings.loss.logits != "none":
-        flops += teacher_shape.forward_flops(tokens, context)
-        inputs["teacher"] = teacher.stage_id
-    return _node("distill", stage, inputs, config.seed, tokens, flops)
+    training, context = distill.training, config.corpus.block_length
+    assert not isinstance(distill.signal, LiveSignal)
+    stage = CacheConfig(
+        corpus=config.corpus,
+        signal=distill.signal,
+        steps=training.steps,
+        batch_size=training.batch_size,
+        states=_cached_states(distill.loss, student.shape, teacher.shape),
+        precision=training.precision,
+    )
+    tokens = _blocks_drawn(config.corpus, training) * context
+    exact = isinstance(stage.signal, HiddenCache)
+    flops = teacher.shape.forward_flops(tokens, context, head=not exact)
+    # Where a run draws every block, what is drawn does not depend on the seed; samples do.
+    every = _blocks_drawn(config.corpus, training) == getattr(
+        config.corpus, "training_blocks", None
+    )
+    seed = 0 if every and not isinstance(stage.signal, SampledCache) else config.seed
+    node = _node("cache", stage, {"model": teacher.node.stage_id}, seed, tokens, flops)
+    disk = _cache_bytes(config, training, stage.signal, len(stage.states), teacher.shape)
+    return replace(node, disk_bytes=disk)
 
 
 def _evaluate_node(
-    config: TrialConfig,
-    model: StageNode,
-    shape: Shape,
-    teacher: tuple[StageNode, Shape] | None,
-    before: bool,
+    config: TrialConfig, model: _Model, teacher: _Model | None, before: bool
 ) -> StageNode:
     settings = config.evaluate
     tasks = settings.tasks if settings.tasks_before or not before else ()
     stage = EvaluateConfig(corpus=config.corpus, tasks=tasks, precision=settings.precision)
     tokens = config.corpus.heldout_blocks * config.corpus.block_length
-    flops = shape.forward_flops(tokens, config.corpus.block_length)
-    inputs = {"model": model.stage_id}
+    flops = model.shape.forward_flops(tokens, config.corpus.block_length)
+    inputs = {"model": model.node.stage_id}
     if teacher is not None:
-        flops += teacher[1].forward_flops(tokens, config.corpus.block_length)
-        inputs["teacher"] = teacher[0].stage_id
+        flops += teacher.shape.forward_flops(tokens, config.corpus.block_length)
+        inputs["teacher"] = teacher.node.stage_id
     return _node("evaluate", stage, inputs, None, tokens, flops)
 
 
@@ -440,6 +597,7 @@ def describe(
             "stages_stored": sum(node.stage_id in stored for node in nodes),
             "tokens": sum(node.tokens for node in nodes),
             "flops": sum(node.flops for node in nodes),
+            "cache_bytes": sum(node.disk_bytes for node in nodes),
         },
     }
 
@@ -480,6 +638,7 @@ def _described(
                 "stored": node.stage_id in stored,
                 "tokens": node.tokens,
                 "flops": node.flops,
+                "disk_bytes": node.disk_bytes,
                 "config": node.config,
                 "inputs": {role: artifact(found) for role, found in node.inputs.items()},
                 "seed": node.seed,

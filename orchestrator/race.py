@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.axes import key_of
+from orchestrator.asked import key_of, lower_is_better
 from orchestrator.space import Space, Trial, next_rung
 from orchestrator.spec import Sweep
 
@@ -42,7 +42,7 @@ def survivors(
 ) -> list[Trial]:
     """All seeds of the `keep` configurations with the best mean of the metric; a configuration
     without a single measurement never survives, and the earlier of equals does."""
-    sign = 1.0 if "loss" in metric else -1.0
+    sign = 1.0 if lower_is_better(metric) else -1.0
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(key_of(trial.axes), []).append(trial)

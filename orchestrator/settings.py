@@ -20,11 +20,18 @@ from orchestrator.wording import Problem, nearest_first, validate
 from trainers.config import (
     Corpus,
     DistillLoss,
+    FolderModel,
     Frozen,
     HarnessTask,
+    HiddenCache,
+    HubModel,
+    LiveSignal,
     ModelSource,
+    SampledCache,
     ScratchModel,
+    Shorthand,
     Task,
+    TopKCache,
     Training,
 )
 
@@ -46,13 +53,46 @@ class ImportanceSettings(Frozen):
     extra_block_lengths: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2)
 
 
+class AutoSignal(Frozen):
+    """The cheapest exact signal: the teacher's hidden states, computed once for all trials, where
+    they fit `resources.largest_cache_gb`; else a live teacher."""
+
+    kind: Literal["auto"] = "auto"
+
+
 class DistillSettings(Frozen):
-    """How the student is retrained, and who teaches it: the source model (`original`), or the one
-    that it was pruned from (`previous`; they differ only in a chain)."""
+    """How the student is retrained, and who teaches it: the source model (`original`), the one that
+    it was pruned from (`previous`; they differ only in a chain), or `teacher_model`, any other of
+    the same vocabulary."""
 
     loss: DistillLoss = DistillLoss()
     training: Training
     teacher: Literal["original", "previous"] = "original"
+    teacher_model: Annotated[FolderModel | HubModel, Field(discriminator="kind")] | None = None
+    signal: Annotated[
+        AutoSignal | LiveSignal | HiddenCache | SampledCache | TopKCache,
+        Field(discriminator="kind"),
+        Shorthand,
+    ] = AutoSignal()
+
+    @model_validator(mode="after")
+    def _signal_suffices(self) -> DistillSettings:
+        if isinstance(self.signal, SampledCache | TopKCache):
+            if self.loss.logits not in ("forward_kl", "none") or self.loss.temperature != 1:
+                text = f"{self.signal.kind} knows the teacher for forward_kl at temperature 1 alone"
+                raise inconsistent([(("signal",), text)])
+            if self.loss.hidden is not None or self.loss.top_k is not None:
+                text = f"{self.signal.kind} holds neither hidden states nor all logits"
+                raise inconsistent([(("signal",), text)])
+        return self
+
+
+class CorrectSettings(Frozen):
+    """Fine-tune the teacher on the corpus first (P2 section 3); the student is pruned from the
+    corrected teacher, or from the source as it was."""
+
+    training: Training
+    prune_from: Literal["corrected", "original"] = "corrected"
 
 
 class ChainStep(Frozen):
@@ -87,11 +127,17 @@ class TrialConfig(Frozen):
     source: ModelSource
     corpus: Corpus
     importance: ImportanceSettings
+    correct: CorrectSettings | None = None
     chain: tuple[ChainStep, ...] = ()
     prune: PruneSettings | None = None
     distill: DistillSettings | None = None
     evaluate: EvaluateSettings
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def distillations(self) -> tuple[DistillSettings | None, ...]:
+        """The distillation after every pruning, that of the trial last."""
+        return (*(step.distillation(self.distill) for step in self.chain), self.distill)
 
     @property
     def cuts(self) -> tuple[tuple[tuple[Part, ...], PruneSettings], ...]:

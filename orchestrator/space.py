@@ -187,7 +187,7 @@ def _tree(sweep: Sweep, request: _Request) -> Node:
     if request.baseline == TEACHER:
         nothing = Node(None, tree.origin)
         tree = tree.with_entry("prune", nothing).with_entry("distill", nothing)
-        tree = tree.with_entry("chain", Node((), tree.origin))
+        tree = tree.with_entry("chain", Node((), tree.origin)).with_entry("correct", nothing)
     elif request.baseline:
         tree = merge(tree, _baseline(sweep, request.baseline))
     # A name inside another one (a.b and a) is laid over it, in whatever order they are listed.

@@ -70,6 +70,11 @@ class Resources(Frozen):
     cpus_shared: int = Field(default=1, gt=0)
     max_concurrent: int | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=30.0, gt=0)
+    largest_cache_gb: float = Field(default=4.0, ge=0)
+    """Disk that one cache of a teacher's outputs may take before a live teacher is preferred."""
+    workers: int = Field(default=1, gt=0)
+    """Processes that train one trial together; `cpus_per_trial` is for each of them."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
 
 
 def _check_name(value: Any) -> Any:
@@ -159,6 +164,8 @@ class ProfileFile(Frozen):
 
     description: str = ""
     trial: dict[str, Any] = Field(default_factory=dict)
+    for_sweep: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings that a sweep of this name needs at this scale, laid over `trial`."""
     seeds: Seeds | None = None
     resources: Resources = Resources()
 
@@ -272,8 +279,11 @@ def _over_profile(sweep: Node, profile: Node) -> Node:
     """The sweep with the profile's settings under its own."""
     empty = Node({}, sweep.origin, implied=True)
     trial, base = sweep.child("trial") or empty, profile.child("trial")
-    base = base if base and base.mapping else empty
-    tree = sweep.with_entry("trial", merge(undotted(base), undotted(trial)))
+    base = undotted(base) if base and base.mapping else empty
+    name = sweep.child("name")
+    own = profile.at(("for_sweep", str(name.value))) if name else None
+    base = merge(base, undotted(own)) if own and own.mapping else base
+    tree = sweep.with_entry("trial", merge(base, undotted(trial)))
     for key in ("seeds", "resources"):
         scale = profile.child(key)
         if scale is not None:
@@ -402,7 +412,8 @@ def _metric_problem(parts: tuple[Part, ...], metric: Any, config: TrialConfig) -
     if not isinstance(metric, str) or metric.startswith("throughput."):
         return None
     choosing = parts[0] == "select"
-    measured = [f"{loss}.{when}" for loss in ("lm_loss", "kd_loss") for when in ("after", "before")]
+    kinds = ("lm_loss", "kd_loss", "calibration_error")
+    measured = [f"{kind}.{when}" for kind in kinds for when in ("after", "before")]
     tasks = [task.name for task in config.evaluate.tasks]
     for half in ("accuracy",) if choosing else ("accuracy", "accuracy_report"):
         measured += [f"{half}.{name}" for name in (*tasks, "mean") if tasks]

@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 from trainers.config import (
     AcquireConfig,
+    CacheConfig,
+    CorrectConfig,
     DistillConfig,
     EvaluateConfig,
     ImportanceConfig,
@@ -17,7 +19,9 @@ from trainers.config import (
     PruneConfig,
 )
 
-Kind = Literal["acquire", "pretrain", "importance", "prune", "distill", "evaluate"]
+Kind = Literal[
+    "acquire", "pretrain", "correct", "importance", "prune", "cache", "distill", "evaluate"
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class StageType:
     entry_point: str
     version: int
     uses_seed: bool = False
+    trains: bool = False
+    """Whether it runs on all workers of a trial, joined by DeepSpeed."""
     may_use_all_cores: bool = False
     """Whether it speeds up with the cores that a stage awaited by several trials is granted."""
 
@@ -43,11 +49,22 @@ STAGES: Mapping[str, StageType] = {
             "trainers.pretrain:run",
             1,
             uses_seed=True,
+            trains=True,
             may_use_all_cores=True,
         ),
+        StageType(
+            "correct",
+            CorrectConfig,
+            "trainers.correct:run",
+            1,
+            uses_seed=True,
+            trains=True,
+            may_use_all_cores=True,
+        ),
+        StageType("cache", CacheConfig, "trainers.cache:run", 1, uses_seed=True),
         StageType("importance", ImportanceConfig, "trainers.importance:run", 2),
         StageType("prune", PruneConfig, "trainers.prune:run", 2, uses_seed=True),
-        StageType("distill", DistillConfig, "trainers.distill:run", 1, uses_seed=True),
-        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 1),
+        StageType("distill", DistillConfig, "trainers.distill:run", 2, uses_seed=True, trains=True),
+        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 2),
     )
 }

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,14 @@ class Store:
         if final.exists():  # damaged, or it would not have been built again
             shutil.rmtree(final)
         working.rename(final)
+
+    def discard(self, stage_id: str) -> None:
+        """Forget an artifact that turned out to be damaged, so that it is built again. Whoever has
+        its files open keeps them."""
+        aside = self.path(stage_id).with_name(f".{stage_id}.damaged-{os.getpid()}")
+        with suppress(FileNotFoundError):  # another may have discarded it at the same moment
+            self.path(stage_id).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
     def lease(self, stage_id: str) -> Iterator[None]:

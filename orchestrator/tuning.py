@@ -20,14 +20,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator import execute
+from orchestrator import execute, workers
 from orchestrator.execute import Interrupted, Runtime
 from orchestrator.jobs import Job, JobQueue, Outcome
 from orchestrator.ledger import Ledger
 from orchestrator.plan import StageNode
 from orchestrator.records import StageRecord
+from orchestrator.spec import Resources
+from orchestrator.stages import STAGES
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
+from trainers.contract import StageContext
 
 REPORT_EVERY_S = 0.5
 
@@ -81,24 +84,42 @@ def _worked(work: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(work["threads"])
-    records: list[StageRecord] = []
+    store, records = Store(Path(work["store"])), list[StageRecord]()
+    launch = _launcher(work)
+
+    def run(node: StageNode) -> StageRecord:
+        return execute.run_stage(
+            node,
+            store,
+            work["trial_id"],
+            work["requested_by"],
+            _Throttled(Path(work["stop_file"])),
+            Runtime(work["threads"], work["checkpoint_every_s"]),
+            launch,
+        )
+
     try:
-        for node in work["nodes"]:
-            records.append(
-                execute.run_stage(
-                    StageNode(**node),
-                    Store(Path(work["store"])),
-                    work["trial_id"],
-                    work["requested_by"],
-                    _Throttled(Path(work["stop_file"])),
-                    Runtime(work["threads"], work["checkpoint_every_s"]),
-                )
-            )
+        for record in execute.run_stages([StageNode(**n) for n in work["nodes"]], run, store):
+            records.append(record)
     except Interrupted:
         return _result("interrupted", None, None, records)
     except Exception as error:  # whatever a stage raises is this trial's failure, not the sweep's
-        return _result("failed", _reason(error), traceback.format_exc(), records)
+        return _result("failed", execute.reason_of(error), traceback.format_exc(), records)
     return _result("completed", None, None, records)
+
+
+def _launcher(work: Mapping[str, Any]) -> execute.Launch:
+    """Stages that train run on all workers, the others in this process."""
+    if work["workers"]["count"] == 1:
+        return execute.launch_here
+    several = workers.Workers(**work["workers"], stop_file=work["stop_file"])
+
+    def launch(node: StageNode, context: StageContext[Any]) -> execute.Launched:
+        if not STAGES[node.kind].trains:
+            return execute.launch_here(node, context)
+        return workers.launch(node, context, several)
+
+    return launch
 
 
 def _result(
@@ -106,14 +127,6 @@ def _result(
 ) -> dict[str, Any]:
     found = {"outcome": outcome, "reason": reason, "trace": trace}
     return {"result": json.dumps(found | {"stages": [asdict(record) for record in records]})}
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
-    from trainers.contract import StageError
-
-    return first if isinstance(error, StageError) else f"{type(error).__name__}: {first}"
 
 
 class _Throttled:
@@ -217,7 +230,7 @@ def run(
     ledger: Ledger,
     mirror: Mirror,
     watcher: Watcher,
-    checkpoint_every_s: float,
+    resources: Resources,
     address: str | None = None,
     max_concurrent: int | None = None,
     more: Callable[[], Sequence[Job]] = tuple,
@@ -227,28 +240,37 @@ def run(
     queue = JobQueue(list(jobs), more)
     desk = _Desk(queue, place, ledger, mirror, watcher)
     place.stop_file.unlink(missing_ok=True)
-    with _ray(address) as cores, _scratch() as scratch, _interruptible(queue, place.stop_file):
-        _tuner(desk, checkpoint_every_s, cores, max_concurrent, scratch).fit()
+    with (
+        _ray(address, resources.workers > 1) as cores,
+        _scratch() as scratch,
+        _interruptible(queue, place.stop_file),
+    ):
+        _check_room(resources, cores)
+        _tuner(desk, resources, cores, max_concurrent, scratch).fit()
     place.stop_file.unlink(missing_ok=True)
     return Summary(desk.completed, desk.failed, queue.stopping)
 
 
 def _tuner(
-    desk: _Desk, checkpoint_every_s: float, cores: int, max_concurrent: int | None, scratch: Path
+    desk: _Desk, resources: Resources, cores: int, max_concurrent: int | None, scratch: Path
 ) -> Any:
     from ray import tune
 
     trainable = tune.with_resources(
-        run_job, lambda config: tune.PlacementGroupFactory([{"CPU": min(config["cpus"], cores)}])
+        run_job, lambda config: tune.PlacementGroupFactory([config["bundle"]])
     )
-    describe = _describer(desk.place, checkpoint_every_s, cores)
+    describe = _describer(desk.place, resources, cores)
+    at_once = max_concurrent or resources.max_concurrent or cores
+    if resources.workers > 1:
+        # Ray Train makes placement groups that Tune knows nothing of: together they must fit.
+        at_once = min(at_once, cores // (resources.workers * resources.cpus_per_trial))
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=_searcher(desk, describe),
             num_samples=-1,
             reuse_actors=True,
-            max_concurrent_trials=max_concurrent or cores,
+            max_concurrent_trials=max(1, at_once),
             trial_name_creator=lambda trial: str(trial.trial_id),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
@@ -258,11 +280,28 @@ def _tuner(
     )
 
 
-def _describer(
-    place: Place, checkpoint_every_s: float, cores: int
-) -> Callable[[Job], dict[str, Any]]:
+def _check_room(resources: Resources, cores: int) -> None:
+    """Ray would wait for ever for workers that there is no room for."""
+    needed = resources.workers * resources.cpus_per_trial
+    if resources.workers > 1 and needed > cores:
+        raise NoRoomError(
+            f"resources: {resources.workers} workers of {resources.cpus_per_trial} CPUs each need "
+            f"{needed} CPUs, and there are {cores}"
+        )
+
+
+class NoRoomError(Exception):
+    """The cluster is too small for one trial."""
+
+
+def _describer(place: Place, resources: Resources, cores: int) -> Callable[[Job], dict[str, Any]]:
+    several = resources.workers > 1
+
     def describe(job: Job) -> dict[str, Any]:
         cpus = min(job.cpus, cores)
+        bundle = {"CPU": workers.WAITING_CPU if several else float(cpus)}
+        if resources.gpus_per_worker and not several:
+            bundle["GPU"] = resources.gpus_per_worker
         trial_id = job.trial.trial.trial_id
         work = {
             "nodes": [asdict(node) for node in job.nodes],
@@ -271,9 +310,14 @@ def _describer(
             "requested_by": place.requested_by(trial_id),
             "stop_file": str(place.stop_file),
             "threads": cpus,
-            "checkpoint_every_s": checkpoint_every_s,
+            "checkpoint_every_s": resources.checkpoint_every_s,
+            "workers": {
+                "count": resources.workers,
+                "cpus": resources.cpus_per_trial,
+                "gpus": resources.gpus_per_worker,
+            },
         }
-        return {"job_id": job.job_id, "cpus": cpus, "work": json.dumps(work)}
+        return {"job_id": job.job_id, "bundle": bundle, "work": json.dumps(work)}
 
     return describe
 
@@ -337,7 +381,7 @@ def _callback(desk: _Desk) -> Any:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[int]:
+def _ray(address: str | None, dashboard: bool) -> Iterator[int]:
     """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its CPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -352,7 +396,11 @@ def _ray(address: str | None) -> Iterator[int]:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
     import ray
 
-    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    # A trial of several workers that is stopped early leaks its placement group unless the
+    # dashboard is there; for one worker each it would only cost memory.
+    local: dict[str, Any] = {} if address else {"include_dashboard": dashboard}
+    if dashboard:
+        local["dashboard_host"] = "127.0.0.1"
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
     try:
         yield max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -141,3 +141,17 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
         for epoch in range(5)
     )
     assert max(orders.values()) == 1
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_the_blocks_of_a_run_are_those_of_its_batches(
+    count: int, steps: int, batch_size: int, seed: int
+) -> None:
+    read: set[int] = set()
+    for step in range(steps):
+        numbers = corpus.batch_blocks(count, step, batch_size, seed)
+        rows = corpus.batch(numbered(count), step, batch_size, seed)
+        assert rows[:, 0].tolist() == numbers.tolist()
+        read |= set(numbers.tolist())
+    assert corpus.drawn_blocks(count, steps, batch_size, seed).tolist() == sorted(read)

@@ -310,3 +310,63 @@ def test_a_worker_that_dies_costs_its_trial_alone_and_the_next_start_makes_up_fo
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
     assert {t["status"] for t in rows(results / "small" / "micro", "trials")} == {"completed"}
+
+
+# --- several workers -------------------------------------------------------------------------
+
+TOGETHER: dict[str, Any] = {
+    "name": "together",
+    "question": "Do two workers make the same student as one?",
+    "profile": "micro",
+    "trial": {
+        "prune": {"width": {"intermediate_size": 0.5}},
+        "distill": {"training": {"engine": {"zero_stage": 2}}},
+    },
+}
+
+
+def test_a_trial_of_two_workers_is_recorded_like_any_other(tmp_path: Path) -> None:
+    """Ray Train joins two workers, DeepSpeed shards the student by ZeRO stage 2."""
+    sweep = small_sweep.write(tmp_path / "sweeps", TOGETHER, "together")
+    alone = small_sweep.run(sweep, tmp_path / "alone")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    both = small_sweep.run(
+        sweep, tmp_path / "both", "--set", "resources.workers=2", "--set", "source.seed=0"
+    )
+    assert both.returncode == 0, both.stdout + both.stderr
+    one, two = (
+        {t["baseline"]: t for t in rows(tmp_path / where / "together" / "micro", "trials")}
+        for where in ("alone", "both")
+    )
+    assert two[None]["trial_id"] == one[None]["trial_id"]
+    assert two[None]["status"] == "completed"
+    # The teachers, too, were trained by one and by two workers; in fp32 that is rounding.
+    assert two[None]["metric.lm_loss.after"] == pytest.approx(
+        one[None]["metric.lm_loss.after"], abs=1e-3
+    )
+    folder = tmp_path / "both" / "together" / "micro"
+    kinds = {stage["kind"]: stage for stage in rows(folder, "stages") if not stage["cached"]}
+    assert kinds["distill"]["cpu_s"] > 0 and kinds["distill"]["peak_rss_mb"] > 0
+    assert {c["name"] for c in rows(folder, "curves")} >= {"loss", "learning_rate"}
+    assert (folder / "best" / "config.json").exists()
+
+
+def test_a_failure_on_two_workers_is_told_in_the_stages_words(tmp_path: Path) -> None:
+    training = {**small_sweep.PROFILE["trial"]["distill"]["training"], "learning_rate": 1e12}
+    trial = {**TOGETHER["trial"], "distill": {"training": training}}
+    sweep = small_sweep.write(tmp_path / "sweeps", {**TOGETHER, "trial": trial}, "together")
+    done = small_sweep.run(sweep, tmp_path / "results", "--set", "resources.workers=2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    (failed,) = [
+        t
+        for t in rows(tmp_path / "results" / "together" / "micro", "trials")
+        if t["status"] == "failed"
+    ]
+    assert "the loss is" in failed["reason"] and "at step" in failed["reason"]
+
+
+def test_more_workers_than_there_is_room_for_are_refused(tmp_path: Path) -> None:
+    sweep = small_sweep.write(tmp_path / "sweeps", TOGETHER, "together")
+    done = small_sweep.run(sweep, tmp_path / "results", "--set", "resources.workers=999")
+    assert done.returncode == 2
+    assert "999 workers" in done.stderr

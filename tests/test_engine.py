@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainers import checkpoints, corpus, engine
-from trainers.config import Training
+from trainers.config import EngineSettings, Training
 from trainers.contract import Interrupted, Runtime, Silent, StageError
 from trainers.pretrain import LanguageModelling
 
@@ -34,7 +36,7 @@ class Bigram(nn.Module):
         torch.manual_seed(seed)
         self.table = nn.Embedding(WORDS, WORDS)
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
+    def forward(self, ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
         return F.cross_entropy(self.table(ids_BL[:, :-1]).flatten(0, 1), ids_BL[:, 1:].flatten())
 
 
@@ -145,7 +147,8 @@ def plain_adamw_losses(objective: nn.Module, training: Training, blocks: Tensor)
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * engine.learning_rate_factor(step, training)
-        loss = objective(corpus.batch(blocks, step, training.batch_size, 7))
+        numbers_B = corpus.batch_blocks(len(blocks), step, training.batch_size, 7)
+        loss = objective(blocks[numbers_B], numbers_B)
         loss.backward()
         if training.gradient_clip:
             torch.nn.utils.clip_grad_norm_(objective.parameters(), training.gradient_clip)
@@ -164,6 +167,7 @@ def test_a_deepspeed_step_equals_a_plain_adamw_step(tmp_path: Path, clip: float)
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(ours.table.weight, naive.table.weight, rtol=0, atol=1e-5)
     assert trained.steps == 12
+    assert trained.gpu_s == 0 or torch.cuda.is_available()
     assert trained.tokens == 12 * 4 * LENGTH
     assert trained.final_loss == pytest.approx(expected[-1], abs=1e-5)
 
@@ -338,6 +342,145 @@ def test_bf16_goes_on_exactly_too(tmp_path: Path) -> None:
     assert curve(tmp_path / "out") == curve(tmp_path / "undisturbed")
 
 
+class Noisy(Bigram):
+    """A model that draws from every source of random numbers in every call."""
+
+    def forward(self, ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
+        drawn = float(torch.rand(())) + float(np.random.rand()) + random.random()
+        return super().forward(ids_BL, blocks_B) * (1 + drawn)
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    def start(shuffle: int) -> Noisy:
+        objective = Noisy()
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(shuffle)
+        return objective
+
+    whole = start(1)
+    trained = train(whole, settings_of(), tmp_path / "undisturbed")
+    with pytest.raises(Interrupted):
+        train(start(1), settings_of(), tmp_path / "out", StopAt(5, Interrupted()))
+    objective = start(2)  # a new process draws other numbers
+    assert train(objective, settings_of(), tmp_path / "out") == trained
+    assert torch.equal(objective.table.weight, whole.table.weight)
+    assert curve(tmp_path / "out") == curve(tmp_path / "undisturbed")
+
+
+# --- what the loss is made of ------------------------------------------------------------------
+
+
+class InParts(Bigram):
+    """A loss that tells its halves: the means of what was seen since it was last asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def forward(self, ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
+        loss = super().forward(ids_BL, blocks_B)
+        self.seen.append(loss.item())
+        return loss
+
+    def parts(self) -> dict[str, float]:
+        mean = sum(self.seen) / len(self.seen)
+        self.seen.clear()
+        return {"third": mean / 3, "rest": mean * 2 / 3}
+
+
+def test_the_parts_of_a_loss_enter_the_curve_and_survive_a_stop(tmp_path: Path) -> None:
+    training = settings_of(steps=230, micro_batch_size=2)
+    train(InParts(), training, tmp_path / "undisturbed")
+    whole = losses(tmp_path / "undisturbed")
+    for name, share in (("third", 1 / 3), ("rest", 2 / 3)):
+        found = [value for _, _, value in curve(tmp_path / "undisturbed", name)]
+        assert found == pytest.approx([share * loss for loss in whole])
+    # Between two points of the curve, which has one every second step.
+    with pytest.raises(Interrupted):
+        train(InParts(), training, tmp_path / "out", StopAt(91, Interrupted()))
+    train(InParts(), training, tmp_path / "out")
+    assert curve(tmp_path / "out", "third") == curve(tmp_path / "undisturbed", "third")
+
+
+def test_the_objective_is_told_which_blocks_it_sees(tmp_path: Path) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watch(Bigram):
+        def forward(self, ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
+            seen.append((ids_BL, blocks_B))
+            return super().forward(ids_BL, blocks_B)
+
+    train(Watch(), settings_of(micro_batch_size=2), tmp_path)
+    assert len(seen) == 24
+    for ids_BL, blocks_B in seen:
+        assert blocks_B.dtype == torch.int64
+        assert torch.equal(ids_BL, BLOCKS[blocks_B])
+
+
+# --- settings of the engine --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [(8, None, 1, 8), (8, None, 2, 4), (8, 2, 4, 2), (8, 1, 8, 1)],
+)
+def test_each_worker_takes_its_share_of_the_global_batch(
+    batch: int, micro: int | None, processes: int, expected: int
+) -> None:
+    training = settings_of(batch_size=batch, micro_batch_size=micro)
+    assert engine.micro_batch_size(training, processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "message"),
+    [
+        (8, None, 3, "batch_size 8 cannot be shared by 3 workers: .* a multiple of 3, such as 6"),
+        (2, None, 4, "a multiple of 4, such as 4"),
+        (12, 4, 2, r"micro_batch_size 4 does not divide the 6 .* allowed: \[1, 2, 3, 6\]"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_says_what_is_allowed(
+    batch: int, micro: int | None, processes: int, message: str
+) -> None:
+    training = settings_of(batch_size=batch, micro_batch_size=micro)
+    with pytest.raises(StageError, match=message):
+        engine.micro_batch_size(training, processes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "stage"), [("fp32", None, 0), ("bf16", None, 1), ("bf16", 3, 3)]
+)
+def test_bf16_is_trained_under_zero_1_unless_a_stage_is_asked_for(
+    precision: str, asked: int | None, stage: int
+) -> None:
+    training = settings_of(precision=precision, engine=EngineSettings(zero_stage=asked))
+    assert engine.deepspeed_config(training, 1)["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_liger_without_a_gpu_says_what_is_missing(
+    tmp_path: Path, tiny_config: dict[str, Any]
+) -> None:
+    objective = LanguageModelling(checkpoints.new_model(tiny_config, seed=3).train())
+    training = settings_of(engine=EngineSettings(liger=True))
+    with pytest.raises(StageError, match=r"engine\.liger needs a GPU"):
+        train(objective, training, tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(tiny_config["vocab_size"], (9, 10), generator=generator)
+    for name, chosen in (("plain", False), ("compiled", True)):
+        objective = LanguageModelling(checkpoints.new_model(tiny_config, seed=3).train())
+        training = settings_of(engine=EngineSettings(compile=chosen))
+        torch._dynamo.utils.counters.clear()
+        train(objective, training, tmp_path / name, blocks=blocks)
+        assert bool(torch._dynamo.utils.counters["stats"]["calls_captured"]) == chosen
+    # Fused kernels round otherwise, and a dozen steps at a high rate carry that on.
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=2e-4)
+
+
 # --- numbers gone wrong, and few bits --------------------------------------------------------
 
 
@@ -348,9 +491,9 @@ class NanAt(Bigram):
         super().__init__()
         self.call, self.calls = call, 0
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
+    def forward(self, ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
         self.calls += 1
-        loss = super().forward(ids_BL)
+        loss = super().forward(ids_BL, blocks_B)
         return loss * math.nan if self.calls == self.call else loss
 
 
@@ -370,7 +513,7 @@ class Drift(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(64))
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
+    def forward(self, ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
         return self.weight.sum()
 
 

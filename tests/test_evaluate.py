@@ -69,10 +69,28 @@ def test_the_kd_loss_is_the_mean_kl_from_the_teacher(
     model: PreTrainedModel, teacher: Path, blocks: Tensor
 ) -> None:
     taught = checkpoints.load_model(teacher / "model")
-    loss, divergence = evaluate.held_out_losses(model, blocks, LiveTeacher(taught))
+    found = evaluate.held_out(model, blocks, LiveTeacher(taught))
+    loss, divergence = found.lm_loss, found.kd_loss
     assert loss == pytest.approx(naive_loss(model, blocks), abs=1e-5)
     assert divergence == pytest.approx(naive_kl(model, taught, blocks), abs=1e-5)
     assert divergence != pytest.approx(naive_kl(taught, model, blocks), abs=1e-3)
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy_over_bins(
+    model: PreTrainedModel, blocks: Tensor
+) -> None:
+    with torch.no_grad():
+        probabilities = model(input_ids=blocks).logits[:, :-1].flatten(0, 1).softmax(-1)
+    confidence, likeliest = probabilities.max(-1)
+    correct = (likeliest == blocks[:, 1:].flatten()).double()
+    gaps = []
+    for number in range(15):
+        inside = (confidence >= number / 15) & (confidence < (number + 1) / 15)
+        if inside.any():
+            gap = abs(float(correct[inside].mean()) - float(confidence[inside].double().mean()))
+            gaps.append(float(inside.sum()) / len(confidence) * gap)
+    found = evaluate.held_out(model, blocks, None).calibration_error
+    assert 0 < found == pytest.approx(sum(gaps), abs=1e-5)
 
 
 def test_more_tokens_than_a_chunk_of_logits_holds_give_the_same(
@@ -96,7 +114,8 @@ def test_without_a_teacher_there_is_no_kd_loss_and_without_tasks_no_accuracy(
 ) -> None:
     context = make_context(EvaluateConfig(corpus=CORPUS), model=artifact)
     result = evaluate.run(context)
-    assert result.metrics == {"lm_loss": pytest.approx(naive_loss(model, blocks), abs=1e-5)}
+    assert set(result.metrics) == {"lm_loss", "calibration_error"}
+    assert result.metrics["lm_loss"] == pytest.approx(naive_loss(model, blocks), abs=1e-5)
     assert result.tokens == blocks.numel()
     shape = shape_of(checkpoints.read_config(artifact / "model"))
     assert result.flops == shape.forward_flops(blocks.numel(), 20)

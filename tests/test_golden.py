@@ -23,7 +23,9 @@ GOLDEN = Path(__file__).parent / "golden.json"
 
 def computed(folder: Path) -> dict[str, dict[str, float]]:
     """A few numbers from every stage, run one after the other on the smallest of models."""
-    from trainers import acquire, distill, evaluate, importance, pretrain, prune
+    import numpy as np
+
+    from trainers import acquire, cache, correct, distill, evaluate, importance, pretrain, prune
     from trainers.activations import FILE, ActivationStatistics
     from trainers.checkpoints import load_model
     from trainers.config import (
@@ -31,21 +33,28 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
         Activations,
         ByActivation,
         ByScore,
+        CacheConfig,
+        CorrectConfig,
         DepthCut,
         DistillConfig,
+        DistillLoss,
         EvaluateConfig,
         FolderModel,
         GeneratedCorpus,
         GeneratedTask,
+        HiddenCache,
+        HiddenLoss,
         ImportanceConfig,
         LlamaShape,
         Perplexity,
         PretrainConfig,
         PruneConfig,
+        SampledCache,
         Training,
         WidthCut,
     )
     from trainers.contract import StageContext, StageResult
+    from trainers.mapping import teacher_states
 
     corpus = GeneratedCorpus(
         block_length=24, training_blocks=64, calibration_blocks=4, heldout_blocks=4
@@ -113,6 +122,30 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
         found["prune"][f"dropped {number}"] = layer
     student, found["distill"] = run(
         distill.run, DistillConfig(corpus=corpus, training=training), model=pruned, teacher=source
+    )
+    hidden = HiddenLoss(states=("output", "embedding"), mapping={"last": "last"})
+    states = teacher_states(hidden, 2, 4)
+    exact = CacheConfig(corpus=corpus, signal=HiddenCache(), steps=6, batch_size=4, states=states)
+    kept, found["cache"] = run(cache.run, exact, model=source)
+    _, by_states = run(
+        distill.run,
+        DistillConfig(
+            corpus=corpus,
+            training=training,
+            loss=DistillLoss(cross_entropy_weight=0.5, hidden=hidden),
+            signal=HiddenCache(),
+        ),
+        "by_states",
+        model=pruned,
+        signals=kept,
+    )
+    found["distill"]["loss with hidden states"] = by_states["loss"]
+    few = CacheConfig(corpus=corpus, signal=SampledCache(samples=3), steps=6, batch_size=4)
+    drawn, _ = run(cache.run, few, "samples", model=source)
+    ids = np.load(drawn / "ids.npy")
+    found["cache"]["drawn tokens in all"] = float(ids.astype(np.int64).sum())
+    _, found["correct"] = run(
+        correct.run, CorrectConfig(corpus=corpus, training=training), model=source
     )
     tasks = (GeneratedTask(name="agreement", limit=20),)
     _, found["evaluate"] = run(

@@ -21,8 +21,10 @@ SPEC = {
 ORCHESTRATOR: dict[str, set[str] | str] = {
     "cli": EVERYTHING,
     "tuning": {
-        "execute", "jobs", "ledger", "plan", "space", "spec", "records", "store", "tracking",
+        "execute", "jobs", "ledger", "plan", "space", "spec", "records", "stages", "store",
+        "tracking", "workers",
     },
+    "workers": {"execute", "plan", "stages"},
     "jobs": {"plan", "spec", "stages", "store"},
     "execute": {"plan", "stages", "store", "records"},
     "plan": {"stages", "space", "axes", *SPEC},
@@ -63,14 +65,15 @@ TRAINERS = {
     "settings": {"config"},
     "schema": {"config"},
     "space": {"config", "shapes"},
-    "plan": {"config", "shapes", "families"},
+    "plan": {"config", "families", "mapping", "shapes"},
     "execute": {"config", "contract"},
     "tuning": {"contract"},
+    "workers": {"contract"},
 }
 
 # Package -> the only modules that may import it.
 ONLY_HERE = {
-    "ray": {"orchestrator.tuning"},
+    "ray": {"orchestrator.tuning", "orchestrator.workers"},
     "optuna": {"orchestrator.tuning"},
     "mlflow": {"orchestrator.tracking"},
     "pyarrow": {"orchestrator.records"},
@@ -78,7 +81,7 @@ ONLY_HERE = {
     "lm_eval": {"trainers.questions"},
 }
 
-NO_TORCH = {"config", "contract", "shapes", "families", "language"}
+NO_TORCH = {"config", "contract", "shapes", "families", "language", "mapping"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -37,7 +37,11 @@ def test_shared_stages_come_before_the_trials_that_need_them(tmp_path: Path) -> 
 
 def test_a_stage_that_one_trial_alone_asks_for_is_no_job_of_its_own(tmp_path: Path) -> None:
     _, jobs = jobs_of(tmp_path)
-    assert {job.nodes[0].kind for job in jobs if job.shared} == {"pretrain", "importance"}
+    assert {job.nodes[0].kind for job in jobs if job.shared} == {
+        "pretrain",
+        "importance",
+        "cache",
+    }
 
 
 def test_a_failed_shared_stage_fails_all_that_wait_for_it_with_its_reason(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ def single(folder: Path, *overrides: str) -> dict[str, str]:
 
 
 def test_a_student_is_pruned_measured_distilled_and_measured_again(tmp_path: Path) -> None:
-    assert list(single(tmp_path)) == ["source", "importance", "prune", "before", "distill", "after"]
+    assert list(single(tmp_path)) == [
+        "source",
+        "importance",
+        "prune",
+        "before",
+        "cache",
+        "distill",
+        "after",
+    ]
 
 
 def test_the_teacher_is_only_measured(tmp_path: Path) -> None:
@@ -38,30 +47,32 @@ def test_roles_are_filled_by_the_right_stages(tmp_path: Path) -> None:
     steps = plan(tmp_path).trials[1].steps
     ids = {step: node.stage_id for step, node in steps.items()}
     assert steps["prune"].inputs == {"model": ids["source"], "importance": ids["importance"]}
-    assert steps["distill"].inputs == {"model": ids["prune"], "teacher": ids["source"]}
+    assert steps["cache"].inputs == {"model": ids["source"]}
+    assert steps["distill"].inputs == {"model": ids["prune"], "signals": ids["cache"]}
     assert steps["after"].inputs == {"model": ids["distill"], "teacher": ids["source"]}
 
 
 # Setting -> the steps whose identity it changes.
+EVERYTHING = {"source", "importance", "prune", "before", "cache", "distill", "after"}
 CHANGES = {
-    "source.seed=7": {"source", "importance", "prune", "before", "distill", "after"},
-    "source.shape.hidden_size=64": {
-        "source", "importance", "prune", "before", "distill", "after",
-    },
-    "corpus.language_seed=3": {"source", "importance", "prune", "before", "distill", "after"},
+    "source.seed=7": EVERYTHING,
+    "source.shape.hidden_size=64": EVERYTHING,
+    "corpus.language_seed=3": EVERYTHING,
     "importance.samples=4": {"importance", "prune", "before", "distill", "after"},
     "prune.depth.keep=1": {"importance", "prune", "before", "distill", "after"},
     "prune.depth.contiguous=true": {"prune", "before", "distill", "after"},
     "prune.depth.criterion=random": {"importance", "prune", "before", "distill", "after"},
     "prune.initialise=random": {"importance", "prune", "before", "distill", "after"},
-    "distill.training.steps=31": {"distill", "after"},
+    "distill.training.steps=31": {"cache", "distill", "after"},
     "distill.training.learning_rate=0.001": {"distill", "after"},
     "distill.training.micro_batch_size=2": {"distill", "after"},
+    "distill.training.precision=bf16": {"cache", "distill", "after"},
     "distill.loss.temperature=2.0": {"distill", "after"},
-    "seeds=[1]": {"distill", "after"},
+    "seeds=[1]": {"cache", "distill", "after"},
     "evaluate.tasks=[{kind: generated, name: agreement, limit: 9}]": {"after"},
     "evaluate.tasks_before=true": {"before"},
     "resources.cpus_per_trial=2": set(),
+    "resources.workers=2": set(),
     "resources.checkpoint_every_s=9": set(),
     "select.metric=lm_loss.after": set(),
 }  # fmt: skip
@@ -154,7 +165,15 @@ NARROW = {"width": {"intermediate_size": 0.5, "hidden_size": 0.5}}
 def test_layers_and_units_scored_by_one_pass_are_one_stage_in_both_roles(tmp_path: Path) -> None:
     prune = {"depth": {"keep": 0.5, "criterion": "block_influence"}, **NARROW}
     steps = planned_steps(tmp_path, prune=prune)
-    assert list(steps) == ["source", "importance", "prune", "before", "distill", "after"]
+    assert list(steps) == [
+        "source",
+        "importance",
+        "prune",
+        "before",
+        "cache",
+        "distill",
+        "after",
+    ]
     inputs = steps["prune"].inputs
     assert inputs["importance"] == inputs["activations"] == steps["importance"].stage_id
 
@@ -203,9 +222,9 @@ def test_the_last_step_of_a_chain_prunes_the_model_before_it_and_learns_as_set(
     link = {"prune": {"width": {"intermediate_size": 0.75}}, "training_steps": 12}
     steps = planned_steps(tmp_path, chain=[link], prune=NARROW, distill=distill)
     assert steps["chain1.distill"].config["training"]["steps"] == 12
-    assert steps["chain1.distill"].inputs["teacher"] == steps["source"].stage_id
+    assert steps["chain1.cache"].inputs["model"] == steps["source"].stage_id
     assert steps["activations"].inputs["model"] == steps["chain1.distill"].stage_id
-    assert steps["distill"].inputs["teacher"] == steps[taught_by].stage_id
+    assert steps["cache"].inputs["model"] == steps[taught_by].stage_id
     assert steps["after"].inputs["teacher"] == steps["source"].stage_id
 
 
@@ -257,3 +276,108 @@ def test_each_seed_pretrains_a_teacher_of_its_own_unless_the_source_names_one(
     ]
     assert len(teachers) == 1 and len(own) == 2
     assert own[0].steps["source"].stage_id != own[1].steps["source"].stage_id
+
+
+# --- teacher signals -------------------------------------------------------------------------
+
+
+def test_students_of_one_teacher_share_one_cache_whatever_their_shape_and_loss(
+    tmp_path: Path,
+) -> None:
+    axes = {"prune.depth.keep": [1, 2], "distill.loss.logits": ["forward_kl", "mse"]}
+    planned = plan(tmp_path, {**small_sweep.SWEEP, "axes": axes, "baselines": {}})
+    assert len({each.steps["cache"].stage_id for each in planned.trials[1:]}) == 1
+
+
+def test_a_cache_that_does_not_fit_the_disk_makes_the_teacher_live(tmp_path: Path) -> None:
+    sweep = {**small_sweep.SWEEP, "axes": {}, "baselines": {}}
+    (student,) = plan(tmp_path, sweep, "resources.largest_cache_gb=0.0001").trials[1:]
+    assert "cache" not in student.steps
+    assert student.steps["distill"].inputs["teacher"] == student.steps["source"].stage_id
+
+
+def test_conventional_training_needs_neither_teacher_nor_cache(tmp_path: Path) -> None:
+    sweep = {**small_sweep.SWEEP, "axes": {}, "baselines": {}}
+    loss = "distill.loss={logits: none, cross_entropy_weight: 1.0}"
+    (student,) = plan(tmp_path, sweep, loss).trials[1:]
+    assert list(student.steps["distill"].inputs) == ["model"]
+
+
+def test_hidden_states_that_a_loss_needs_are_in_the_cache(tmp_path: Path) -> None:
+    sweep = {**small_sweep.SWEEP, "axes": {}, "baselines": {}}
+    hidden = "distill.loss.hidden={states: [output, embedding], mapping: {last: last}}"
+    (student,) = plan(tmp_path, sweep, hidden).trials[1:]
+    assert set(student.steps["cache"].config["states"]) == {"output.3", "embedding"}
+
+
+@pytest.mark.parametrize("prune_from", ["corrected", "original"])
+def test_a_corrected_teacher_teaches_and_the_student_comes_from_where_it_is_set(
+    tmp_path: Path, prune_from: str
+) -> None:
+    training = {"steps": 9, "batch_size": 4, "learning_rate": 0.001}
+    correct = {"training": training, "prune_from": prune_from}
+    steps = planned_steps(tmp_path, correct=correct, prune=NARROW)
+    pruned = steps["correct" if prune_from == "corrected" else "source"]
+    assert steps["correct"].inputs["model"] == steps["source"].stage_id
+    assert steps["cache"].inputs["model"] == steps["correct"].stage_id
+    assert steps["prune"].inputs["model"] == pruned.stage_id
+    assert steps["after"].inputs["teacher"] == steps["correct"].stage_id
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [("logits: mse", "forward_kl"), ("temperature: 2.0", "temperature 1"), ("top_k: 3", "logits")],
+)
+def test_a_cache_of_few_tokens_is_refused_where_the_loss_needs_all(
+    tmp_path: Path, loss: str, words: str
+) -> None:
+    with pytest.raises(SpecError, match=words):
+        single(tmp_path, "distill.signal=sampled_cache", f"distill.loss={{{loss}}}")
+
+
+def test_a_layer_that_the_hidden_loss_maps_and_there_is_not_is_refused(tmp_path: Path) -> None:
+    hidden = "distill.loss.hidden={states: [output], mapping: {last-2: last-2}}"
+    with pytest.raises(SpecError, match="student's layer last-2 is not in a model of 2 layers"):
+        single(tmp_path, hidden)
+
+
+def checkpoint(folder: Path, vocabulary: dict[str, int]) -> Path:
+    """A checkpoint as far as a plan reads one."""
+    folder.mkdir()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    config = {"model_type": "llama", "num_attention_heads": 2, "vocab_size": len(vocabulary)}
+    (folder / "config.json").write_text(json.dumps(config | shape))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [({"a": 0, "b": 1, "c": 2}, "vocabularies differ: 3 tokens"), ({"b": 0, "a": 1}, "tokenizers")],
+)
+def test_a_teacher_of_other_tokens_is_refused_and_both_are_named(
+    tmp_path: Path, theirs: dict[str, int], words: str
+) -> None:
+    source = checkpoint(tmp_path / "source", {"a": 0, "b": 1})
+    other = checkpoint(tmp_path / "other", theirs)
+    distill = {
+        **small_sweep.PROFILE["trial"]["distill"],
+        "teacher_model": {"kind": "folder", "path": str(other)},
+    }
+    model = {"kind": "folder", "path": str(source)}
+    trial = {"source": model, "prune": NARROW, "distill": distill}
+    with pytest.raises(SpecError, match=words) as raised:
+        plan(tmp_path, {**small_sweep.SWEEP, "trial": trial, "axes": {}, "baselines": {}})
+    assert str(source) in str(raised.value) and str(other) in str(raised.value)
+
+
+def test_another_model_of_the_same_tokens_may_teach(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", {"a": 0, "b": 1})
+    other = checkpoint(tmp_path / "other", {"a": 0, "b": 1})
+    distill = {
+        **small_sweep.PROFILE["trial"]["distill"],
+        "teacher_model": {"kind": "folder", "path": str(other)},
+    }
+    model = {"kind": "folder", "path": str(source)}
+    steps = planned_steps(tmp_path, source=model, prune=NARROW, distill=distill)
+    assert steps["cache"].inputs["model"] == steps["teacher"].stage_id

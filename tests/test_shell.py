@@ -172,3 +172,35 @@ def test_only_stage_errors_are_turned_into_messages(
     assert not issubclass(ZeroDivisionError, StageError)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, tmp_path, described(artifact), run)
+
+
+def test_a_stage_that_cannot_share_its_work_says_so_to_a_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    artifact: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, tmp_path, described(artifact))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "runs on one worker, not on 2; on several run Correct, Distill, Importance" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 8),
+        ({"LOCAL_SIZE": "4"}, 2),
+        ({"LOCAL_WORLD_SIZE": "3"}, 2),
+        ({"LOCAL_SIZE": "16"}, 1),
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "8"}, 8),
+    ],
+)
+def test_launched_processes_share_the_cores_unless_told(
+    environment: dict[str, str], threads: int
+) -> None:
+    assert shell._threads(8, environment) == threads

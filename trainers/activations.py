@@ -24,6 +24,7 @@ from trainers.config import Statistic
 from trainers.contract import StageError
 from trainers.evaluate import BLOCKS_A_BATCH
 from trainers.families import Family, family_of
+from trainers.workers import rank_and_processes
 
 FILE = "activations.safetensors"
 STREAM_BYTES = 1 << 28
@@ -125,13 +126,6 @@ def collect(
     _check_finite(found, _family(model))
     statistics = ActivationStatistics(len(blocks_NL), found.on_cpu())
     return statistics, _influence(found.cosines / blocks_NL.numel())
-
-
-def rank_and_processes() -> tuple[int, int]:
-    """This process' place among those that torch.distributed joins, and how many they are."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _blocks_a_batch(model: PreTrainedModel, length: int) -> int:

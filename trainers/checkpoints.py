@@ -80,9 +80,19 @@ def output_head(model: PreTrainedModel) -> torch.Tensor:
 def softcapped(logits: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """The output head's logits as the model's loss sees them: c * tanh(logits / c) where the model
     caps them (Gemma 2), else as they are."""
+    return capped(logits, softcap_of(model))
+
+
+def softcap_of(model: PreTrainedModel) -> float | None:
+    """c of the model's soft cap on logits; None where it has none."""
     key = family_of({"model_type": model.config.model_type}).logit_softcap
-    cap = getattr(model.config, key, None) if key else None
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    cap: float | None = getattr(model.config, key, None) if key else None
+    return cap
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """c * tanh(logits / c), or the logits as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def fetch_hub(source: HubModel) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     SerializationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -114,119 +116,7 @@ Shorthand = BeforeValidator(_kind_from_string)
 """Lets a variant be written by its name alone: `perplexity` for `{kind: perplexity}`."""
 
 
-# --- models ----------------------------------------------------------------------------------
-
-
-class LlamaShape(Frozen):
-    """A random-weight Llama. The vocabulary comes from the corpus' tokenizer."""
-
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    tie_word_embeddings: bool = True
-    initializer_range: float = Field(default=0.02, gt=0)
-    scale_residual_init: bool = False
-    """Divide the initial weights that write into the residual stream by the square root of how many
-    there are, 2 a layer (Radford et al. 2019, section 2.3)."""
-    max_position_embeddings: int = Field(default=2048, gt=0)
-    rope_theta: float = Field(default=10_000.0, gt=0)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> LlamaShape:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        return self
-
-
-class Training(Frozen):
-    """How a model is trained: AdamW, linear warm-up, cosine decay to a minimum.
-
-    `batch_size` is the global batch in sequences; gradients are accumulated over micro-batches
-    of `micro_batch_size` sequences.
-    """
-
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    micro_batch_size: int | None = Field(default=None, gt=0)
-    learning_rate: float = Field(gt=0)
-    minimum_learning_rate: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    gradient_clip: float = Field(default=1.0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Training:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of "
-                f"micro_batch_size {self.micro_batch_size}"
-            )
-        if self.minimum_learning_rate > self.learning_rate:
-            raise ValueError("minimum_learning_rate is above learning_rate")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
-        return self
-
-
-class ScratchModel(Frozen):
-    """A random-weight Llama, pretrained on the corpus: with a seed of its own, or with the seed of
-    each trial, so that a comparison over seeds is one over teachers too."""
-
-    kind: Literal["scratch"] = "scratch"
-    shape: LlamaShape
-    training: Training
-    seed: int | None = None
-
-
-class HubModel(Frozen):
-    """A model of the Hugging Face hub. `shape` (its config.json) lets `plan` work offline."""
-
-    kind: Literal["hub"] = "hub"
-    repository: str
-    revision: str = "main"
-    shape: dict[str, Any] | None = None
-
-
-class FolderModel(Frozen):
-    """A Hugging Face checkpoint in a local folder."""
-
-    kind: Literal["folder"] = "folder"
-    path: LocalPath
-
-
-class GgufModel(Frozen):
-    """A GGUF file, either inside an installed Python package or at `file` on this machine.
-
-    `shape` (what its config.json would say) spares `plan` the seconds that reading a GGUF header
-    takes; it is checked when the model is converted.
-    """
-
-    kind: Literal["gguf"] = "gguf"
-    file: LocalPath
-    package: str | None = None
-    shape: dict[str, Any] | None = None
-
-
-ModelSource = Annotated[
-    ScratchModel | HubModel | FolderModel | GgufModel, Field(discriminator="kind"), Shorthand
-]
-ExistingModel = Annotated[HubModel | FolderModel | GgufModel, Field(discriminator="kind")]
-
-
-# --- text and questions ----------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------
 
 
 class GeneratedCorpus(Frozen):
@@ -267,6 +157,146 @@ class HubCorpus(Frozen):
 
 
 Corpus = Annotated[GeneratedCorpus | TextCorpus | HubCorpus, Field(discriminator="kind"), Shorthand]
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+class LlamaShape(Frozen):
+    """A random-weight Llama. The vocabulary comes from the corpus' tokenizer."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    tie_word_embeddings: bool = True
+    initializer_range: float = Field(default=0.02, gt=0)
+    scale_residual_init: bool = False
+    """Divide the initial weights that write into the residual stream by the square root of how many
+    there are, 2 a layer (Radford et al. 2019, section 2.3)."""
+    max_position_embeddings: int = Field(default=2048, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> LlamaShape:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class EngineSettings(Frozen):
+    """How DeepSpeed holds the model: ZeRO stage (None: 0 in fp32, 1 in bf16), what is offloaded to
+    the host's memory, and what is recomputed, compiled or replaced by Liger's kernels (GPU)."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    liger: bool = False
+    shard_teacher: bool = False
+    """Whether ZeRO-3 shards a live teacher, too, instead of its standing whole on every worker."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> EngineSettings:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage: 3")
+        if self.offload_optimizer and self.zero_stage in (None, 0):
+            raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3")
+        return self
+
+
+class Training(Frozen):
+    """How a model is trained: AdamW, linear warm-up, cosine decay to a minimum.
+
+    `batch_size` is the global batch in sequences; gradients are accumulated over micro-batches
+    of `micro_batch_size` sequences.
+    """
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    learning_rate: float = Field(gt=0)
+    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.minimum_learning_rate > self.learning_rate:
+            raise ValueError("minimum_learning_rate is above learning_rate")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
+        return self
+
+
+class ScratchModel(Frozen):
+    """A random-weight Llama, pretrained on the corpus: with a seed of its own, or with the seed of
+    each trial, so that a comparison over seeds is one over teachers too."""
+
+    kind: Literal["scratch"] = "scratch"
+    shape: LlamaShape
+    training: Training
+    corpus: Corpus | None = None
+    """Another corpus than the trial's: a teacher whose training data is not at hand."""
+    seed: int | None = None
+
+
+class HubModel(Frozen):
+    """A model of the Hugging Face hub. `shape` (its config.json) lets `plan` work offline."""
+
+    kind: Literal["hub"] = "hub"
+    repository: str
+    revision: str = "main"
+    shape: dict[str, Any] | None = None
+
+
+class FolderModel(Frozen):
+    """A Hugging Face checkpoint in a local folder."""
+
+    kind: Literal["folder"] = "folder"
+    path: LocalPath
+
+
+class GgufModel(Frozen):
+    """A GGUF file, either inside an installed Python package or at `file` on this machine.
+
+    `shape` (what its config.json would say) spares `plan` the seconds that reading a GGUF header
+    takes; it is checked when the model is converted.
+    """
+
+    kind: Literal["gguf"] = "gguf"
+    file: LocalPath
+    package: str | None = None
+    shape: dict[str, Any] | None = None
+
+
+ModelSource = Annotated[
+    ScratchModel | HubModel | FolderModel | GgufModel, Field(discriminator="kind"), Shorthand
+]
+ExistingModel = Annotated[HubModel | FolderModel | GgufModel, Field(discriminator="kind")]
+
+
+# --- questions -------------------------------------------------------------------------------
 
 
 class GeneratedTask(Frozen):
@@ -459,30 +489,154 @@ class PruneConfig(Frozen):
     initialise: Literal["inherited", "random"] = "inherited"
 
 
-class DistillLoss(Frozen):
-    """`logits_weight` * KL(teacher || student) + `cross_entropy_weight` * cross-entropy.
+def _check_layer_place(value: Any) -> None:
+    if not re.fullmatch(r"\d+|last(-\d+)?", str(value)):
+        raise PydanticCustomError(
+            "layer_place",
+            "'{value}' is not a layer: count from the front (0, 1, …) or the end (last, last-2)",
+            {"value": str(value)},
+        )
 
-    With `logits: none` the student is trained conventionally and no teacher is run.
+
+def _keys_as_text(value: Any) -> Any:
+    return {str(key): place for key, place in value.items()} if isinstance(value, dict) else value
+
+
+class HiddenLoss(Frozen):
+    """How far the student's hidden states are from the teacher's (P1 section 3, L_is).
+
+    `states`: the embedding output, and of the mapped blocks their input, output or attention
+    output, each normalised. Student states are raised to the teacher's width by a learned linear
+    layer, trained with the student and thrown away. `mapping` pairs student layers with teacher
+    layers; `proportional` pairs every student layer with the teacher's at its relative depth. With
+    a `dynamic` weight, alpha = logit loss / hidden loss, recomputed at every step and without a
+    gradient of its own.
     """
 
-    logits: Literal["forward_kl", "none"] = "forward_kl"
-    temperature: float = Field(default=1.0, gt=0)
-    logits_weight: float = Field(default=1.0, gt=0)
-    cross_entropy_weight: float = Field(default=0.0, ge=0)
+    states: tuple[Literal["embedding", "input", "output", "attention"], ...] = Field(
+        default=("output",), min_length=1
+    )
+    distance: Literal["cosine", "mse"] = "cosine"
+    mapping: Annotated[
+        Literal["proportional"] | dict[str, int | str], BeforeValidator(_keys_as_text)
+    ] = {"last-2": "last-2"}
+    weight: Annotated[float, Field(gt=0)] | Literal["dynamic"] = "dynamic"
 
     @model_validator(mode="after")
-    def _something_to_learn_from(self) -> DistillLoss:
-        if self.logits == "none" and self.cross_entropy_weight == 0:
-            raise ValueError("logits: none needs a cross_entropy_weight above 0")
+    def _places(self) -> HiddenLoss:
+        if not isinstance(self.mapping, str):
+            for student, teacher in self.mapping.items():
+                _check_layer_place(student)
+                _check_layer_place(teacher)
         return self
 
 
+class DistillLoss(Frozen):
+    """`logits_weight` * L_logits + `cross_entropy_weight` * cross-entropy + alpha * L_hidden.
+
+    L_logits compares next-token distributions at a temperature: KL(teacher || student)
+    (`forward_kl`), KL(student || teacher), the mean squared error or the cosine distance of the
+    logits; with `top_k` on the teacher's k likeliest tokens alone. With `logits: none` and without
+    hidden states the student is trained conventionally and no teacher is run.
+    """
+
+    logits: Literal["forward_kl", "reverse_kl", "mse", "cosine", "none"] = "forward_kl"
+    temperature: float = Field(default=1.0, gt=0)
+    logits_weight: float = Field(default=1.0, gt=0)
+    top_k: int | None = Field(default=None, gt=0)
+    cross_entropy_weight: float = Field(default=0.0, ge=0)
+    hidden: HiddenLoss | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is learned from a teacher."""
+        return self.logits != "none" or self.hidden is not None
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> DistillLoss:
+        if not self.needs_teacher and self.cross_entropy_weight == 0:
+            raise ValueError("logits: none needs a cross_entropy_weight above 0")
+        if self.hidden and self.hidden.weight == "dynamic" and self.logits == "none":
+            raise ValueError("a dynamic weight of hidden states is relative to a logit loss")
+        return self
+
+
+class LiveSignal(Frozen):
+    """The teacher runs on every batch."""
+
+    kind: Literal["live"] = "live"
+
+
+class HiddenCache(Frozen):
+    """The teacher's final hidden states (and inner ones that the loss needs), computed once: exact
+    at every temperature and divergence."""
+
+    kind: Literal["hidden_cache"] = "hidden_cache"
+
+
+class SampledCache(Frozen):
+    """Tokens drawn from the teacher's distribution at each position: an unbiased forward KL."""
+
+    kind: Literal["sampled_cache"] = "sampled_cache"
+    samples: int = Field(default=12, gt=0)
+
+
+class TopKCache(Frozen):
+    """The teacher's k likeliest tokens at each position and their probabilities: biased."""
+
+    kind: Literal["topk_cache"] = "topk_cache"
+    k: int = Field(default=12, gt=0)
+
+
+Signal = Annotated[
+    LiveSignal | HiddenCache | SampledCache | TopKCache, Field(discriminator="kind"), Shorthand
+]
+
+
+_STATE = r"embedding|(input|output|attention)\.\d+"
+
+
+class CacheConfig(Frozen):
+    """What the teacher (role `model`) says of the training blocks that a run of so many steps draws
+    with its seed. `states` names its inner states that are kept beside the final ones ("output.7"),
+    in any order: they are held sorted, so that equal sets make equal caches."""
+
+    corpus: Corpus
+    signal: Annotated[
+        HiddenCache | SampledCache | TopKCache, Field(discriminator="kind"), Shorthand
+    ]
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    states: tuple[Annotated[str, Field(pattern=rf"^({_STATE})$")], ...] = ()
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @field_validator("states")
+    @classmethod
+    def _in_order(cls, states: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(states)))
+
+    @model_validator(mode="after")
+    def _can_hold_states(self) -> CacheConfig:
+        if self.states and not isinstance(self.signal, HiddenCache):
+            raise ValueError(f"{self.signal.kind} holds no hidden states; hidden_cache does")
+        return self
+
+
+class CorrectConfig(Frozen):
+    """Fine-tune a model (role `model`) on the corpus, as P2 corrects the teacher first."""
+
+    corpus: Corpus
+    training: Training
+
+
 class DistillConfig(Frozen):
-    """Train the student (role `model`) against its teacher (role `teacher`)."""
+    """Train the student (role `model`) against its teacher (role `teacher`), whose signal is live
+    or in the role `signals`."""
 
     corpus: Corpus
     training: Training
     loss: DistillLoss = DistillLoss()
+    signal: Signal = LiveSignal()
 
 
 class EvaluateConfig(Frozen):
@@ -491,8 +645,3 @@ class EvaluateConfig(Frozen):
     corpus: Corpus
     tasks: tuple[Task, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
-
-
-StageConfig = (
-    AcquireConfig | PretrainConfig | ImportanceConfig | PruneConfig | DistillConfig | EvaluateConfig
-)

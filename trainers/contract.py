@@ -7,6 +7,7 @@ an artifact once the function returns. Files with a meaning to others:
     curve.jsonl   {"step", "tokens", "time_ms", "name", "value"}, one measurement a line
     items.jsonl   {"task", "item_id", "split", "correct", "score"}, one question a line
     activations.safetensors  sums over samples for every unit, see `trainers.activations`
+    cache.json    what a cache of a teacher's outputs holds, beside its arrays
     scores.jsonl  {"criterion", "block_length", "last", "name", "value"}, one block a line
     checkpoints/  what the stage needs to go on after a stop; removed when it completes
 """
@@ -33,6 +34,17 @@ class Interrupted(BaseException):
 
 class StageError(Exception):
     """The stage cannot give a result, for a reason a user should read as it stands."""
+
+
+class DamagedInputError(StageError):
+    """An input artifact is not what was written; it can be built again."""
+
+    def __init__(self, role: str, problem: str) -> None:
+        super().__init__(role, problem)
+        self.role = role
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Reporter(Protocol):
@@ -90,11 +102,13 @@ class StageContext(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage measured. `tokens` were trained on or scored; `flops` were spent on them."""
+    """What a stage measured. `tokens` were trained on or scored; `flops` were spent on them, and on
+    a GPU `gpu_s` seconds."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     flops: float = 0.0
+    gpu_s: float = 0.0
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

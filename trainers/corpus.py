@@ -86,17 +86,30 @@ def _lines(corpus: TextCorpus | HubCorpus, heldout: bool) -> list[str]:
 
 
 def batch(blocks_BL: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
-    """The `batch_size` blocks of training step `step` (from 0).
+    """The `batch_size` blocks of training step `step` (from 0), see `batch_blocks`."""
+    return blocks_BL[batch_blocks(len(blocks_BL), step, batch_size, seed)]
+
+
+def batch_blocks(number: int, step: int, batch_size: int, seed: int) -> Tensor:
+    """Which of `number` blocks training step `step` (from 0) reads, (batch_size) of int64.
 
     Each epoch is a permutation drawn from (seed, epoch), so the order depends on nothing but the
     arguments and a resumed run reads what an undisturbed one would have read.
     """
     first = step * batch_size
-    places = [
-        int(_permutation(len(blocks_BL), seed, number // len(blocks_BL))[number % len(blocks_BL)])
-        for number in range(first, first + batch_size)
+    drawn = [
+        _permutation(number, seed, place // number)[place % number]
+        for place in range(first, first + batch_size)
     ]
-    return blocks_BL[places]
+    return torch.stack(drawn)
+
+
+def drawn_blocks(number: int, steps: int, batch_size: int, seed: int) -> Tensor:
+    """The distinct blocks, of `number`, that `steps` steps read between them, in rising order."""
+    read = steps * batch_size
+    if read >= number:
+        return torch.arange(number)
+    return _permutation(number, seed, 0)[:read].sort().values
 
 
 @lru_cache(maxsize=4)

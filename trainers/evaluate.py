@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainers import corpus, shell
+from trainers import corpus, shell, workers
 from trainers.checkpoints import (
     final_hidden,
     load_model,
@@ -26,6 +28,22 @@ from trainers.shapes import shape_of
 from trainers.teacher import LiveTeacher
 
 BLOCKS_A_BATCH = 8
+TOKENS_A_CHUNK = 1024
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over all predicted tokens: cross-entropy and KL(teacher || model) in nats, and by how
+    much the model's confidence in its likeliest token misses how often that is right."""
+
+    lm_loss: float
+    kd_loss: float | None
+    calibration_error: float
+
+    def metrics(self) -> dict[str, float]:
+        """Those that were measured, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @torch.no_grad()
@@ -33,66 +51,72 @@ def lm_loss(
     model: PreTrainedModel, blocks_NL: Tensor, tick: Callable[[int], None] = lambda blocks: None
 ) -> float:
     """Mean next-token cross-entropy in nats over all predicted tokens of the blocks."""
-    return held_out_losses(model, blocks_NL, None, tick)[0]
+    return held_out(model, blocks_NL, None, tick).lm_loss
 
 
 @torch.no_grad()
-def held_out_losses(
+def held_out(
     model: PreTrainedModel,
     blocks_NL: Tensor,
     teacher: LiveTeacher | None,
     tick: Callable[[int], None] = lambda blocks: None,
-) -> tuple[float, float | None]:
-    """Mean cross-entropy, and with a teacher the mean KL(teacher || model), in nats a token."""
+) -> HeldOut:
+    """What the model makes of held-out text, beside a teacher where there is one."""
     cross, divergence = 0.0, 0.0
-    for batch in torch.split(blocks_NL, BLOCKS_A_BATCH):
-        labels = batch[:, 1:].flatten()
-        hidden = final_hidden(model, batch)[:, :-1].flatten(0, 1)
-        taught = teacher.hidden(batch)[:, :-1].flatten(0, 1) if teacher else None
-
-        def both(
-            logits: Tensor,
-            place: slice,
-            labels: Tensor = labels,
-            taught: Tensor | None = taught,
-        ) -> Tensor:
-            logits = softcapped(logits, model)
-            loss = cross_entropy(logits, labels[place])
-            if teacher is None or taught is None:
-                return torch.stack([loss, torch.zeros_like(loss)])
-            return torch.stack([loss, forward_kl(logits, teacher.logits(taught[place]))])
-
-        pair = _sum_chunks(hidden, output_head(model), both)
-        cross, divergence = cross + float(pair[0]), divergence + float(pair[1])
-        tick(len(batch))
+    calibration = _Calibration()
+    for batch_BL in torch.split(blocks_NL.to(model.device), BLOCKS_A_BATCH):
+        labels_N = batch_BL[:, 1:].flatten()
+        hidden_ND = final_hidden(model, batch_BL)[:, :-1].flatten(0, 1)
+        taught = teacher.targets(batch_BL) if teacher else None
+        for start in range(0, len(hidden_ND), TOKENS_A_CHUNK):
+            place = slice(start, start + TOKENS_A_CHUNK)
+            logits_NV = softcapped(F.linear(hidden_ND[place], output_head(model)), model)
+            cross += float(cross_entropy(logits_NV, labels_N[place]))
+            if taught is not None:
+                divergence += float(forward_kl(logits_NV, taught.logits(place)))
+            calibration.add(logits_NV, labels_N[place])
+        tick(len(batch_BL))
     predicted = blocks_NL.shape[0] * (blocks_NL.shape[1] - 1)
-    return cross / predicted, divergence / predicted if teacher else None
+    kd_loss = divergence / predicted if teacher else None
+    return HeldOut(cross / predicted, kd_loss, calibration.error())
 
 
-def _sum_chunks(
-    hidden_ND: Tensor, head_VD: Tensor, loss: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
-    return torch.stack(
-        [
-            loss(torch.nn.functional.linear(hidden_ND[start : start + 1024], head_VD), place)
-            for start in range(0, len(hidden_ND), 1024)
-            for place in [slice(start, start + 1024)]
-        ]
-    ).sum(0)
+class _Calibration:
+    """Expected calibration error of next-token predictions (Guo et al. 2017, equation 3): tokens in
+    bins of equal width by confidence, |accuracy - confidence| weighted by the bins' tokens."""
+
+    def __init__(self) -> None:
+        self._sums_3B = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
+
+    def add(self, logits_NV: Tensor, labels_N: Tensor) -> None:
+        """Take in predictions with what came next."""
+        confidence_N, likeliest_N = torch.softmax(logits_NV.float(), dim=-1).max(dim=-1)
+        # What is not a number fails the stage by its loss, and not here by its bin.
+        bins_N = (confidence_N.nan_to_num() * CALIBRATION_BINS).long()
+        bins_N = bins_N.clamp(max=CALIBRATION_BINS - 1)
+        rows_3N = torch.stack(
+            [torch.ones_like(confidence_N), confidence_N, (likeliest_N == labels_N).float()]
+        )
+        self._sums_3B.index_add_(1, bins_N.cpu(), rows_3N.double().cpu())
+
+    def error(self) -> float:
+        """Between 0 and 1."""
+        tokens, confidence, correct = self._sums_3B
+        return float((correct - confidence).abs().sum() / tokens.sum())
 
 
 def run(context: StageContext[EvaluateConfig]) -> StageResult:
     """Measure the model in role `model`; roles `teacher` and any tasks are optional."""
     config, folder = context.config, context.model("model")
-    model = load_model(folder, config.precision)
+    model = load_model(folder, config.precision).to(workers.device())
     teacher = _teacher(context)
     blocks = corpus.blocks(config.corpus, folder, "heldout")
     # The questions of a task count as much as all the blocks: no one knows before how long.
     tick = Ticker(context.reporter, len(blocks) * (1 + len(config.tasks)))
-    loss, divergence = held_out_losses(model, blocks, teacher, tick)
-    if not math.isfinite(loss):
-        raise StageError(f"the held-out loss is {loss}")
-    metrics = {"lm_loss": loss} | ({"kd_loss": divergence} if divergence is not None else {})
+    found = held_out(model, blocks, teacher, tick)
+    if not math.isfinite(found.lm_loss):
+        raise StageError(f"the held-out loss is {found.lm_loss}")
+    metrics = found.metrics()
     if config.tasks:
         metrics |= _accuracies(context, model, folder, lambda _: tick(len(blocks)))
     shape = shape_of(read_config(folder))
@@ -103,7 +127,8 @@ def run(context: StageContext[EvaluateConfig]) -> StageResult:
 def _teacher(context: StageContext[EvaluateConfig]) -> LiveTeacher | None:
     if "teacher" not in context.inputs:
         return None
-    return LiveTeacher(load_model(context.model("teacher"), context.config.precision))
+    model = load_model(context.model("teacher"), context.config.precision)
+    return LiveTeacher(model.to(workers.device()))
 
 
 def _accuracies(

@@ -11,9 +11,7 @@ Under a launcher such as torchrun each process takes its share of the blocks or 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +19,8 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from trainers import activations, corpus, shell
+from trainers import activations, corpus, shell, workers
 from trainers.ablation import Block, blocks_of_layers, hidden_without
-from trainers.activations import rank_and_processes
 from trainers.checkpoints import (
     load_model,
     load_tokenizer,
@@ -45,35 +42,20 @@ PARTS = 1000
 def run(context: StageContext[ImportanceConfig]) -> StageResult:
     """Score every block of layers into scores.jsonl, and by activations every unit into
     activations.safetensors."""
-    with _joined():
-        # Every process comes to the same result; the first alone writes it and tells of progress.
-        if rank_and_processes()[0] > 0:
-            context = replace(context, reporter=Silent())
-        match context.config.criterion:
-            case Activations(samples=samples):
-                rows, result = _by_activations(context, samples)
-            case Perplexity() as criterion:
-                rows, result = _by_perplexity(context, criterion)
-            case TaskAccuracy() as criterion:
-                rows, result = _by_tasks(context, criterion)
-        _check(rows)
-        if rank_and_processes()[0] == 0:
-            write_rows(context.out / "scores.jsonl", rows)
-        return result
-
-
-@contextmanager
-def _joined() -> Iterator[None]:
-    """While open, the processes that a launcher started work together, on CPUs through gloo."""
-    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not launched or distributed.is_initialized():
-        yield
-        return
-    distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    # Every process comes to the same result; the first alone writes it and tells of progress.
+    if not workers.is_first():
+        context = replace(context, reporter=Silent())
+    match context.config.criterion:
+        case Activations(samples=samples):
+            rows, result = _by_activations(context, samples)
+        case Perplexity() as criterion:
+            rows, result = _by_perplexity(context, criterion)
+        case TaskAccuracy() as criterion:
+            rows, result = _by_tasks(context, criterion)
+    _check(rows)
+    if workers.is_first():
+        write_rows(context.out / "scores.jsonl", rows)
+    return result
 
 
 # --- by activations --------------------------------------------------------------------------
@@ -85,7 +67,7 @@ def _by_activations(
     model, blocks_NL = _model(context), _calibration(context)[:samples]
     tick = Ticker(context.reporter, len(blocks_NL))
     statistics, influence = activations.collect(model, blocks_NL, tick)
-    if rank_and_processes()[0] == 0:
+    if workers.is_first():
         statistics.save(context.out / activations.FILE)
     rows = [
         _row("block_influence", first, length, name, value)
@@ -123,11 +105,11 @@ def losses_without(
 
     Where torch.distributed runs, each process takes its share of `blocks_NL`.
     """
-    rank, processes = rank_and_processes()
+    rank, processes = workers.rank_and_processes()
     mine_NL = blocks_NL[rank::processes]
-    sums = torch.zeros(1 + len(places), dtype=torch.float64)
+    sums = torch.zeros(1 + len(places), dtype=torch.float64, device=model.device)
     for start in range(0, len(mine_NL), BLOCKS_A_BATCH):
-        batch_BL = mine_NL[start : start + BLOCKS_A_BATCH]
+        batch_BL = mine_NL[start : start + BLOCKS_A_BATCH].to(model.device)
         for number, hidden_BLD in enumerate(hidden_without(model, batch_BL, places)):
             sums[number] += _summed_loss(model, hidden_BLD, batch_BL)
         tick(len(batch_BL))
@@ -243,7 +225,8 @@ def _place(row: dict[str, Any]) -> str:
 
 
 def _model(context: StageContext[ImportanceConfig]) -> PreTrainedModel:
-    return load_model(context.model("model"), context.config.precision)
+    model = load_model(context.model("model"), context.config.precision)
+    return model.to(workers.device())
 
 
 def _calibration(context: StageContext[ImportanceConfig]) -> Tensor:

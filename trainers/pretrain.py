@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers import corpus, engine, shell
+from trainers import corpus, engine, shell, workers
 from trainers.checkpoints import (
     DTYPES,
     final_hidden,
@@ -31,8 +31,8 @@ class LanguageModelling(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BL: Tensor) -> Tensor:
-        """Mean loss in nats a predicted token."""
+    def forward(self, input_ids_BL: Tensor, blocks_B: Tensor) -> Tensor:
+        """Mean loss in nats a predicted token, whichever blocks of the corpus the batch is."""
         hidden = final_hidden(self.model, input_ids_BL)[:, :-1].flatten(0, 1)
         labels = input_ids_BL[:, 1:].flatten()
         total = chunked(
@@ -62,7 +62,9 @@ def run(context: StageContext[PretrainConfig]) -> StageResult:
         "pad_token_id": tokenizer.pad_token_id,
     }
     folder = context.out / "model"
-    tokenizer.save_pretrained(folder)
+    if workers.is_first():
+        tokenizer.save_pretrained(folder)
+    workers.wait_for_all()
     blocks = corpus.blocks(config.corpus, folder, "training")
     model = _initialised(config.shape, settings, context.seed)
     model = model.to(DTYPES[config.training.precision]).train()
@@ -75,9 +77,10 @@ def run(context: StageContext[PretrainConfig]) -> StageResult:
         context.reporter,
         context.runtime,
     )
-    save_model(model.to(torch.float32), tokenizer, folder)
+    if workers.is_first():
+        save_model(model.to(torch.float32), tokenizer, folder)
     flops = shape_of(settings).training_flops(trained.tokens, config.corpus.block_length)
-    return StageResult({"loss": trained.final_loss}, trained.tokens, flops)
+    return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers import language
 from trainers.ablation import Block, hidden_without, left_out
-from trainers.activations import rank_and_processes
 from trainers.checkpoints import final_hidden, output_head, softcapped
 from trainers.config import (
     ChoicesTask,
@@ -44,6 +43,7 @@ from trainers.config import (
 )
 from trainers.contract import StageError
 from trainers.tasks import choices_task, partial_task
+from trainers.workers import rank_and_processes
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -224,7 +224,8 @@ class Scorer(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=16, device="cpu")
+        device = str(model.device)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=16, device=device)
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Response]:
         found = self._score(requests)
@@ -239,7 +240,7 @@ class Scorer(HFLM):  # type: ignore[misc]
             passes.setdefault(tuple(whole[:-1]), []).append(number)
         found: dict[int, list[Response]] = defaultdict(list)
         for batch in self._share(_packed(sorted(passes, key=len))):
-            for hidden_BLD in self._hidden(_padded(batch)):
+            for hidden_BLD in self._hidden(_padded(batch).to(self.model.device)):
                 for tokens, hidden_LD in zip(batch, hidden_BLD, strict=True):
                     for number in passes[tokens]:
                         response = self._read(hidden_LD[: len(tokens)], requests[number][2])
@@ -259,7 +260,7 @@ class Scorer(HFLM):  # type: ignore[misc]
             hidden_LD[-len(continuation) :], output_head(self.model)
         )
         log_probabilities = torch.log_softmax(softcapped(logits, self.model).float(), dim=-1)
-        gold = torch.tensor(continuation)
+        gold = torch.tensor(continuation, device=hidden_LD.device)
         total = log_probabilities.gather(1, gold[:, None]).sum()
         return float(total), bool((log_probabilities.argmax(-1) == gold).all())
 

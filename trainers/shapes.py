@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from trainers.config import (
     FolderModel,
     GeneratedCorpus,
     GgufModel,
+    HiddenCache,
     HubModel,
     LlamaShape,
     ModelSource,
     PruneConfig,
+    SampledCache,
     ScratchModel,
+    TopKCache,
 )
 from trainers.families import Family, family_of
 
@@ -259,6 +263,15 @@ def source_config(source: ModelSource, corpus: Corpus) -> dict[str, Any]:
             return source.shape or _hub_config(source)
 
 
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> number in a checkpoint's tokenizer.json; None where there is none to be read."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    tokens = json.loads(path.read_text()).get("model", {}).get("vocab")
+    return tokens if isinstance(tokens, dict) else None
+
+
 def gguf_config(file: Path) -> dict[str, Any]:
     """The sizes that a GGUF file's header states, as Hugging Face names them."""
     try:
@@ -302,3 +315,81 @@ def _hub_config(source: HubModel) -> dict[str, Any]:
         ) from error
     config: dict[str, Any] = json.loads(Path(path).read_text())
     return config
+
+
+# --- what a cache of the teacher's outputs takes on disk ---------------------------------------
+
+CHUNK_TOKENS = 4096
+"""A cache is computed, written and checked in chunks of whole blocks of about so many tokens."""
+NPY_HEADER_BYTES = 128
+_ITEM_BYTES = {"uint16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array on disk. bf16 numbers stand as their bits, as numpy has no such type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    by_block: bool = True
+    """Whether its rows are blocks, written chunk by chunk; the others are written whole."""
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of its .npy file."""
+        return NPY_HEADER_BYTES + math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def blocks_a_chunk(block_length: int) -> int:
+    """How many blocks a cache's chunk has."""
+    return max(1, CHUNK_TOKENS // block_length)
+
+
+def cache_arrays(
+    shape: Shape,
+    signal: HiddenCache | SampledCache | TopKCache,
+    blocks: int,
+    block_length: int,
+    precision: str,
+    states: Sequence[str] = (),
+) -> dict[str, ArraySpec]:
+    """The arrays that a cache of a teacher of this shape is made of, by name.
+
+    Positions are the block_length - 1 that predict a token; inner states are kept at all of them,
+    and at the last one too.
+    """
+    number = "uint16" if precision == "bf16" else "float32"
+    word = "uint16" if shape.vocab_size <= 1 << 16 else "int32"
+    width, places = shape.hidden_size, (blocks, block_length - 1)
+    arrays = {"blocks": ArraySpec((blocks,), "int64", by_block=False)}
+    match signal:
+        case HiddenCache():
+            arrays["head"] = ArraySpec((shape.vocab_size, width), number, by_block=False)
+            arrays["hidden"] = ArraySpec((*places, width), number)
+            for state in states:
+                arrays[state] = ArraySpec((blocks, block_length, width), number)
+        case SampledCache(samples=samples):
+            arrays["ids"] = ArraySpec((*places, samples), word)
+            arrays["entropy"] = ArraySpec(places, "float32")
+        case TopKCache(k=k):
+            arrays["ids"] = ArraySpec((*places, k), word)
+            arrays["probabilities"] = ArraySpec((*places, k), "float32")
+            arrays["entropy"] = ArraySpec(places, "float32")
+    chunks = math.ceil(blocks / blocks_a_chunk(block_length))
+    by_block = sum(array.by_block for array in arrays.values())
+    return arrays | {"checksums": ArraySpec((chunks, by_block), "uint32", by_block=False)}
+
+
+def cache_bytes(
+    shape: Shape,
+    signal: HiddenCache | SampledCache | TopKCache,
+    blocks: int,
+    block_length: int,
+    precision: str,
+    states: int,
+) -> int:
+    """Bytes on disk of a cache of so many blocks and inner states: all of its arrays, without its
+    description and the teacher's tokenizer."""
+    names = [f"output.{number}" for number in range(states)]
+    arrays = cache_arrays(shape, signal, blocks, block_length, precision, names)
+    return sum(array.file_bytes for array in arrays.values())

@@ -2,6 +2,11 @@
 
 The config file (YAML or JSON) holds what `orchestrate plan --json` prints for a stage: its
 `config`, its input folders by role under `inputs`, and its `seed`.
+
+Stages that train or score run on several workers, too, which share the work and one folder:
+
+    deepspeed --num_gpus 8 --module trainers.distill --config FILE --out DIR
+    torchrun --nproc_per_node 8 -m trainers.distill --config FILE --out DIR
 """
 
 from __future__ import annotations
@@ -11,15 +16,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainers.contract import Runtime, StageContext, StageError, StageResult
+from trainers.config import CorrectConfig, DistillConfig, ImportanceConfig, PretrainConfig
+from trainers.contract import Runtime, Silent, StageContext, StageError, StageResult
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+ON_SEVERAL_WORKERS: frozenset[type[BaseModel]] = frozenset(
+    {PretrainConfig, CorrectConfig, DistillConfig, ImportanceConfig}
+)
+"""The stages that share their work out; of the others every process would do all of it."""
 
 
 class _Lines:
@@ -32,34 +43,78 @@ class _Lines:
 
 
 def main(config_type: type[ConfigT], run: Callable[[StageContext[ConfigT]], StageResult]) -> None:
-    """Parse the command line, run the stage here, print its result as JSON. Exit 2 on bad input."""
-    import torch
+    """Parse the command line, run the stage here, print its result as JSON. Exit 2 on bad input.
 
-    parser = argparse.ArgumentParser(description=run.__doc__, epilog=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML or JSON: config, inputs")
-    parser.add_argument("--out", type=Path, required=True, help="folder that the stage writes into")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    # The launchers of torch and DeepSpeed hand this to every process that they start.
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    Under a launcher every process gets here: they work together, and the first speaks for all.
+    """
+    from trainers import workers
+
+    arguments = _arguments(run.__doc__)
+    rank, processes = workers.launched()
     try:
         context = _context(config_type, arguments.config, arguments.out, arguments.threads)
+        _check_workers(config_type, processes)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.exit(_usage_error(f"{arguments.config}: {error}"))
-    try:
-        result = run(context)
-    except StageError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
-    if os.environ.get("RANK", "0") == "0":  # under a launcher every process gets here
-        outcome = {"metrics": dict(result.metrics), "tokens": result.tokens, "flops": result.flops}
+        sys.exit(_usage_error(f"{arguments.config}: {error}" if rank == 0 else ""))
+    with workers.joined():
+        outcome = _run(run, context if rank == 0 else replace(context, reporter=Silent()))
+    if rank == 0:
         (arguments.out / "result.json").write_text(json.dumps(outcome))
         print(json.dumps(outcome))
 
 
+def _arguments(description: str | None) -> argparse.Namespace:
+    import torch
+
+    parser = argparse.ArgumentParser(description=description, epilog=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML or JSON: config, inputs")
+    parser.add_argument("--out", type=Path, required=True, help="folder that the stage writes into")
+    parser.add_argument("--threads", type=int, default=_threads(torch.get_num_threads()))
+    # The launchers of torch and DeepSpeed hand this to every process that they start.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def _threads(usual: int, environment: Mapping[str, str] = os.environ) -> int:
+    """This process' part of the machine's cores: processes that all take every core are several
+    times slower than one alone. torchrun has divided them already, DeepSpeed has not."""
+    here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or "1"
+    if "OMP_NUM_THREADS" in environment:
+        return usual
+    return max(1, usual // int(here))
+
+
+def _check_workers(config_type: type[BaseModel], processes: int) -> None:
+    if processes > 1 and config_type not in ON_SEVERAL_WORKERS:
+        raise ValueError(
+            f"this stage runs on one worker, not on {processes}; on several run "
+            + ", ".join(sorted(each.__name__.removesuffix("Config") for each in ON_SEVERAL_WORKERS))
+        )
+
+
+def _run(
+    run: Callable[[StageContext[ConfigT]], StageResult], context: StageContext[ConfigT]
+) -> dict[str, object]:
+    """The stage's result as it is printed. Exit 1 where the stage says why it has none."""
+    from trainers import workers
+
+    rank, _processes = workers.rank_and_processes()
+    if rank == 0:
+        context.out.mkdir(parents=True, exist_ok=True)
+    workers.wait_for_all()
+    try:
+        result = run(context)
+    except StageError as error:
+        print(f"failed{f' on worker {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    return {"metrics": dict(result.metrics), "tokens": result.tokens, "flops": result.flops}
+
+
 def _usage_error(message: str) -> int:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     return 2
 
 
@@ -85,7 +140,6 @@ def _context(
         raise ValueError(f"seed must be an integer: {seed!r}")
     inputs = {role: Path(folder) for role, folder in named.items()}
     for role, folder in inputs.items():
-        if not (folder / "model").is_dir() and not (folder / "scores.jsonl").is_file():
+        if not any((folder / part).exists() for part in ("model", "scores.jsonl", "cache.json")):
             raise ValueError(f"inputs.{role}: {folder} is no artifact of a stage")
-    out.mkdir(parents=True, exist_ok=True)
     return StageContext(config, inputs, out, seed, _Lines(), Runtime(threads=threads))

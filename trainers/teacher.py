@@ -2,38 +2,147 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainers.checkpoints import final_hidden, output_head, softcapped
+from trainers.checkpoints import (
+    capped,
+    final_hidden,
+    load_tokenizer,
+    output_head,
+    read_config,
+    softcap_of,
+)
+from trainers.contract import StageError
+from trainers.hidden import captured
+from trainers.mapping import StateName as StateName
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns final hidden states into logits: the output head's weight, and c of the soft cap
+    c * tanh(logits / c) where the model has one (Gemma 2)."""
+
+    weight_VD: Tensor
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> OutputHead:
+        """The model's own, without a copy."""
+        return cls(output_head(model).detach(), softcap_of(model))
+
+    @torch.no_grad()
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Logits, (tokens, vocabulary), without gradients."""
+        logits_NV = F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD)
+        return capped(logits_NV, self.softcap)
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """All of the teacher's next-token distributions, exact at every temperature.
+
+    `hidden_ND` are its final hidden states at the N = batch * (length - 1) positions that predict a
+    token; all their logits are never held. `states` are inner states as captured, not normalised,
+    each (batch, length, hidden).
+    """
+
+    hidden_ND: Tensor
+    states: Mapping[StateName, Tensor]
+    head: OutputHead
+
+    def logits(self, place: slice) -> Tensor:
+        """The teacher's logits at these positions, (tokens, vocabulary), soft cap applied, without
+        gradients."""
+        return self.head(self.hidden_ND[place])
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A few tokens of each of the teacher's next-token distributions, at temperature 1.
+
+    `ids_NK` (int64) are tokens and `weights_NK` (fp32) what they weigh: 1/K for each of K samples
+    drawn from the teacher, or its probabilities (not renormalised) of its K likeliest tokens.
+    `entropy_N` (nats) is the entropy of its distribution where that is known.
+    """
+
+    ids_NK: Tensor
+    weights_NK: Tensor
+    entropy_N: Tensor | None
 
 
 class TeacherSignal(Protocol):
-    """Gives the teacher's logits for a chunk of tokens, exact at every temperature."""
+    """Says what the teacher makes of a micro-batch of token ids."""
 
-    def hidden(self, input_ids_BL: Tensor) -> Tensor:
-        """Final hidden states, (batch, length, hidden), without gradients."""
+    def targets(self, input_ids_BL: Tensor, blocks_B: Tensor) -> DenseTargets | SparseTargets:
+        """The teacher's word on each predicted token, positions flattened (batch, length - 1) -> N.
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The logits that these final hidden states give, (tokens, vocabulary)."""
+        `blocks_B` (int64, CPU) are the numbers of the training blocks that make up the batch.
+        """
 
 
 class LiveTeacher:
-    """Runs the teacher on each batch. Only its final hidden states are held, never all logits."""
+    """Runs the teacher on each batch. Only its final hidden states are held, and the inner ones
+    that are asked for; never all logits.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `head` is given where the model's own cannot be read at any time, as when its weights are
+    sharded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        states: Sequence[StateName] = (),
+        head: OutputHead | None = None,
+    ) -> None:
         self._model = model.requires_grad_(False)
-        self._head = output_head(model)
+        self._states = tuple(states)
+        self._head = head
 
     @torch.no_grad()
-    def hidden(self, input_ids_BL: Tensor) -> Tensor:
-        """See `TeacherSignal`."""
-        return final_hidden(self._model, input_ids_BL)
+    def targets(self, input_ids_BL: Tensor, blocks_B: Tensor | None = None) -> DenseTargets:
+        """See `TeacherSignal`; the numbers of the blocks are not looked at. The first call moves
+        the teacher to where the token ids are."""
+        if self._model.device != input_ids_BL.device:
+            self._model.to(input_ids_BL.device)
+        head = self._head or OutputHead.of(self._model)
+        with captured(self._model, self._states) as states:
+            hidden_BLD = final_hidden(self._model, input_ids_BL)
+        return DenseTargets(hidden_BLD[:, :-1].flatten(0, 1), states, head)
 
-    @torch.no_grad()
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """See `TeacherSignal`."""
-        return softcapped(torch.nn.functional.linear(hidden_ND, self._head), self._model)
+
+def check_same_words(student_folder: Path, teacher_folder: Path) -> None:
+    """Raise `StageError`, naming both, where the vocabularies of two checkpoints differ in size, or
+    their tokenizers, where both have one, in a word or its number."""
+    sizes = [read_config(folder)["vocab_size"] for folder in (student_folder, teacher_folder)]
+    if sizes[0] != sizes[1]:
+        raise StageError(
+            f"the vocabularies differ: {sizes[0]} in the student, {sizes[1]} in the teacher"
+        )
+    if not (_has_tokenizer(student_folder) and _has_tokenizer(teacher_folder)):
+        return
+    student, teacher = (
+        load_tokenizer(folder).get_vocab() for folder in (student_folder, teacher_folder)
+    )
+    if student != teacher:
+        word = min(word for word, number in student.items() ^ teacher.items())
+        raise StageError(
+            f"the tokenizers differ: {word!r} is {_number(student, word)} in the student, "
+            f"{_number(teacher, word)} in the teacher"
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer."""
+    return (folder / "tokenizer_config.json").exists()
+
+
+def _number(vocabulary: Mapping[str, int], word: str) -> str:
+    return str(vocabulary[word]) if word in vocabulary else "no word"

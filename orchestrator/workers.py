@@ -1,0 +1,183 @@
+"""One stage on several workers: Ray Train's TorchTrainer inside the Tune trial that runs the job.
+
+Every worker runs the stage's own entry point; the engine finds the process group that Ray Train
+has made. What the workers came to is left in files beside the artifact, so that a failure is told
+in the stage's words and not in Ray's.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.execute import Costs, Launched, entry_point, reason_of
+from orchestrator.plan import StageNode
+from orchestrator.stages import STAGES
+from trainers.contract import (
+    DamagedInputError,
+    Interrupted,
+    Runtime,
+    StageContext,
+    StageError,
+    StageResult,
+)
+
+REPORTS = 50
+"""About how often a stage reports: every report is a meeting of all workers."""
+ANSWER = "worker{}.json"
+WAITING_CPU = 0.01
+"""What a job takes that only waits for its workers; Tune refuses 0."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many processes train together, and what each of them gets."""
+
+    count: int
+    cpus: int
+    gpus: float
+    stop_file: str
+
+
+def launch(node: StageNode, context: StageContext[Any], workers: Workers) -> Launched:
+    """The stage's result, with the costs of all its workers. Raises `StageError` where one failed,
+    `Interrupted` where the sweep was asked to stop."""
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    work = {
+        "node": asdict(node),
+        "inputs": {role: str(path) for role, path in context.inputs.items()},
+        "out": str(context.out),
+        "workers": asdict(workers),
+        "runtime": asdict(context.runtime),
+    }
+    _forget(context.out)
+    # The job that waits for the workers holds a little, too, and all must fit the machine's cores.
+    resources = {"CPU": workers.cpus - WAITING_CPU}
+    if workers.gpus:
+        resources["GPU"] = workers.gpus
+    with tempfile.TemporaryDirectory(prefix="orchestrate-train-") as scratch:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config=work,
+            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=workers.count,
+                use_gpu=workers.gpus > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=train.RunConfig(
+                storage_path=scratch,
+                callbacks=[TuneReportCallback()],
+                # By default a controller that cannot start its workers tries for ever.
+                failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+        error: Exception | None = None
+        try:
+            trainer.fit()
+        except Exception as raised:  # the workers' own answers say more, where there are any
+            error = raised
+    answers = [_answer(context.out, rank) for rank in range(workers.count)]
+    _forget(context.out)
+    return _result([answer for answer in answers if answer], workers.count, error)
+
+
+def _result(answers: list[dict[str, Any]], count: int, error: Exception | None) -> Launched:
+    told = [answer for answer in answers if answer["outcome"] == "failed"]
+    if told:
+        # Where one worker fails, the others fail for want of it: the first to fail has the reason.
+        first = min(told, key=lambda answer: answer["ended_at"])
+        if first["damaged"]:
+            raise DamagedInputError(first["damaged"], first["reason"])
+        raise StageError(first["reason"])
+    if error is not None:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise StageError(f"the workers failed: {' '.join(lines[:2])}") from error
+    if any(answer["outcome"] == "interrupted" for answer in answers):
+        raise Interrupted
+    if len(answers) < count:
+        raise StageError(f"only {len(answers)} of {count} workers came to an end")
+    costs = Costs(
+        cpu_s=sum(answer["cpu_s"] for answer in answers),
+        gpu_s=sum(answer["gpu_s"] for answer in answers),
+        peak_rss_mb=max(answer["peak_rss_mb"] for answer in answers),
+    )
+    return Launched(StageResult(**answers[0]["result"]), costs)
+
+
+def _answer(out: Path, rank: int) -> dict[str, Any] | None:
+    path = out / ANSWER.format(rank)
+    answer: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return answer
+
+
+def _forget(out: Path) -> None:
+    for path in out.glob(ANSWER.format("*")):
+        path.unlink()
+
+
+# --- in each worker --------------------------------------------------------------------------
+
+
+def _work(work: Mapping[str, Any]) -> None:
+    """What Ray Train runs in every worker: the stage, with its outcome in a file."""
+    import torch
+    from ray import train
+
+    torch.set_num_threads(work["workers"]["cpus"])
+    rank, out = train.get_context().get_world_rank(), Path(work["out"])
+    node = StageNode(**work["node"])
+    stage = STAGES[node.kind]
+    context: StageContext[Any] = StageContext(
+        config=stage.config.model_validate(node.config),
+        inputs={role: Path(folder) for role, folder in work["inputs"].items()},
+        out=out,
+        seed=node.seed or 0,
+        reporter=_Together(node.kind, Path(work["workers"]["stop_file"])),
+        runtime=Runtime(**work["runtime"]),
+    )
+    meter = Costs.meter()
+    answer: dict[str, Any] = {"outcome": "completed", "damaged": None, "result": None}
+    try:
+        answer["result"] = asdict(entry_point(stage.entry_point)(context))
+    except Interrupted:
+        answer["outcome"] = "interrupted"
+    except Exception as error:
+        answer |= {"outcome": "failed", "reason": reason_of(error)}
+        answer["damaged"] = error.role if isinstance(error, DamagedInputError) else None
+        raise  # so that Ray ends the other workers, which may be waiting for this one
+    finally:
+        used = (answer["result"] or {}).get("gpu_s", 0.0)
+        costs = asdict(meter(used)) | {"ended_at": time.time()}
+        with suppress(OSError):
+            (out / ANSWER.format(rank)).write_text(json.dumps(answer | costs))
+
+
+class _Together:
+    """Reports a few times, on all workers at the same steps, and stops all of them at the same."""
+
+    def __init__(self, kind: str, stop_file: Path) -> None:
+        self._kind, self._stop_file = kind, stop_file
+
+    def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        """See `trainers.contract.Reporter`."""
+        import torch
+        from ray import train
+
+        if done % max(1, total // REPORTS) and done != total:
+            return
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        stop = torch.tensor(float(self._stop_file.exists()), device=device)
+        torch.distributed.all_reduce(stop)  # the file may appear between two workers' looks
+        train.report({"progress": json.dumps([self._kind, done, total, dict(values)])})
+        if stop.item():
+            raise Interrupted

@@ -1,0 +1,66 @@
+"""Running the stages of a trial: what is stored is skipped, what is damaged is built again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.execute import run_stages, stage_record
+from orchestrator.plan import StageNode
+from orchestrator.records import StageRecord
+from orchestrator.store import Manifest, Store
+from trainers.contract import DamagedInputError, StageError
+
+CACHE = StageNode("cache-1", "cache", {}, {}, None)
+STUDENT = StageNode("distill-1", "distill", {}, {"signals": "cache-1"}, None)
+
+
+def publish(store: Store, node: StageNode) -> Manifest:
+    folder = store.working_folder(node.stage_id)
+    folder.mkdir(parents=True)
+    (folder / "rows").write_text("whole")
+    manifest = Manifest(
+        node.stage_id, node.kind, "me", {}, {}, None, {}, 0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, {}
+    )
+    store.publish(manifest)
+    return manifest
+
+
+def runner(
+    store: Store, ran: list[str], damaged: Callable[[], bool]
+) -> Callable[[StageNode], StageRecord]:
+    """Runs a stage that is not stored; the student finds its cache damaged while that says so."""
+
+    def run(node: StageNode) -> StageRecord:
+        manifest = store.manifest(node.stage_id)
+        if manifest is None:
+            ran.append(node.stage_id)
+            if node is STUDENT and damaged():
+                raise DamagedInputError("signals", "the cache is damaged")
+            manifest = publish(store, node)
+        return stage_record(manifest, "t", cached=False)
+
+    return run
+
+
+def test_a_damaged_input_is_thrown_away_and_built_again(tmp_path: Path) -> None:
+    store, ran = Store(tmp_path), list[str]()
+    states = iter([True, False])
+    records = list(run_stages([CACHE, STUDENT], runner(store, ran, lambda: next(states)), store))
+    assert ran == ["cache-1", "distill-1", "cache-1", "distill-1"]
+    assert [record.stage_id for record in records] == ["cache-1", "cache-1", "distill-1"]
+    assert store.manifest("cache-1") is not None
+
+
+def test_an_input_that_is_damaged_again_fails_the_trial(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(StageError, match="the cache is damaged"):
+        list(run_stages([CACHE, STUDENT], runner(store, [], lambda: True), store))
+
+
+def test_a_damaged_input_that_the_trial_does_not_make_fails_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(DamagedInputError):
+        list(run_stages([STUDENT], runner(store, [], lambda: True), store))
