@@ -34,6 +34,7 @@ from orchestrator.selection import (
 Cell = str | int | float | None
 MISSING = "\N{EN DASH}"
 LOSSES = ("lm_loss.before", "lm_loss.after", "kd_loss.before", "kd_loss.after")
+CALIBRATION = "calibration_error.after"
 OUTCOMES = ("accuracy.mean", "lm_loss.after", "kd_loss.after")
 
 
@@ -198,6 +199,8 @@ def trials(records: Records) -> Table:
     tasks = sorted(
         {n for t in rows for n in t.metrics if n.startswith("accuracy.")} - {OUTCOMES[0]}
     )
+    calibrated = any(CALIBRATION in trial.metrics for trial in rows)
+    measured = (*LOSSES, *([CALIBRATION] if calibrated else []), *tasks, "accuracy.mean")
     measure = Measure(records, "accuracy.mean")
     columns = (
         Column("trial"),
@@ -208,7 +211,7 @@ def trials(records: Records) -> Table:
         Column("dropped_layers", title="dropped layers"),
         _magnitude("parameters", (t.parameters for t in rows)),
         _magnitude("tokens", (t.tokens_trained for t in rows)),
-        *(Column(name, 3) for name in (*LOSSES, *tasks, "accuracy.mean")),
+        *(Column(name, 3) for name in measured),
         Column("half width", 3),
         Column("minutes", 1),
         Column("reason"),
@@ -228,7 +231,7 @@ def trials(records: Records) -> Table:
                 _ranges(trial.dropped_layers),
                 trial.parameters,
                 trial.tokens_trained,
-                *(trial.metrics.get(name) for name in (*LOSSES, *tasks, "accuracy.mean")),
+                *(trial.metrics.get(name) for name in measured),
                 _half_width(measure, trial),
                 trial.wall_s / 60,
                 trial.reason,
