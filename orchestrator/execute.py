@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan import StageNode, TrialPlan
+from orchestrator.plan import TrialPlan
 from orchestrator.records import (
     BlockScore,
     CurvePoint,
@@ -21,6 +21,7 @@ from orchestrator.records import (
     TrialRecord,
 )
 from orchestrator.stages import STAGES
+from orchestrator.steps import StageNode
 from orchestrator.store import Manifest, Store
 from trainers.config import for_record
 from trainers.contract import (

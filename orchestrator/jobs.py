@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from orchestrator.plan import StageNode, SweepPlan, TrialPlan
+from orchestrator.plan import SweepPlan, TrialPlan
 from orchestrator.spec import Resources
 from orchestrator.stages import STAGES
+from orchestrator.steps import StageNode
 from orchestrator.store import Store
 
 Outcome = Literal["completed", "failed", "interrupted"]

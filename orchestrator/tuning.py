@@ -24,10 +24,10 @@ from orchestrator import execute, workers
 from orchestrator.execute import Interrupted, Runtime
 from orchestrator.jobs import Job, JobQueue, Outcome
 from orchestrator.ledger import Ledger
-from orchestrator.plan import StageNode
 from orchestrator.records import StageRecord
 from orchestrator.spec import Resources
 from orchestrator.stages import STAGES
+from orchestrator.steps import StageNode
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
 from trainers.contract import StageContext

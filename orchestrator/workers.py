@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.execute import Costs, Launched, entry_point, reason_of
-from orchestrator.plan import StageNode
 from orchestrator.stages import STAGES
+from orchestrator.steps import StageNode
 from trainers.contract import (
     DamagedInputError,
     Interrupted,

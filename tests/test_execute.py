@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.execute import run_stages, stage_record
-from orchestrator.plan import StageNode
 from orchestrator.records import StageRecord
+from orchestrator.steps import StageNode
 from orchestrator.store import Manifest, Store
 from trainers.contract import DamagedInputError, StageError
 

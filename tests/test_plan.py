@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import small_sweep
 
-from orchestrator.plan import StageNode, SweepPlan, plan_sweep
+from orchestrator.plan import SweepPlan, plan_sweep
 from orchestrator.space import enumerate_trials
 from orchestrator.spec import SpecError, load
+from orchestrator.steps import StageNode
 
 
 def plan(folder: Path, sweep: dict[str, Any] | None = None, *overrides: str) -> SweepPlan:
