@@ -1,6 +1,6 @@
 """How much of this machine's arithmetic a distillation step uses.
 
-    OMP_NUM_THREADS=2 python benchmarks/utilisation.py --json
+    python benchmarks/utilisation.py --json
 
 `fraction_of_peak` is the model FLOPs of a step per second, divided by the fastest fp32 matrix
 product of several sizes, measured on the same threads right after each step; the median over steps.

@@ -74,6 +74,9 @@ class DistillSettings(Frozen):
         Field(discriminator="kind"),
         Shorthand,
     ] = AutoSignal()
+    heldout_every: int | None = Field(default=None, gt=0)
+    """Optimizer steps between two measurements of the held-out loss, which the curve then has and
+    early stopping goes by."""
 
     @model_validator(mode="after")
     def _signal_suffices(self) -> DistillSettings:
@@ -84,6 +87,9 @@ class DistillSettings(Frozen):
             if self.loss.hidden is not None or self.loss.top_k is not None:
                 text = f"{self.signal.kind} holds neither hidden states nor all logits"
                 raise inconsistent([(("signal",), text)])
+        if self.heldout_every is not None and self.training.engine.zero_stage == 3:
+            text = "needs whole weights to measure with, and zero_stage 3 shards them"
+            raise inconsistent([(("heldout_every",), text)])
         return self
 
 

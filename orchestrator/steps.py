@@ -183,6 +183,7 @@ class Steps:
             training=settings.training,
             loss=settings.loss,
             signal=_signal(config, settings, self._resources, student, teacher),
+            heldout_every=settings.heldout_every,
         )
         context, training = config.corpus.block_length, settings.training
         tokens = training.steps * training.batch_size * context

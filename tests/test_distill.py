@@ -21,6 +21,7 @@ from trainers.config import (
     CacheConfig,
     DistillConfig,
     DistillLoss,
+    EngineSettings,
     GeneratedCorpus,
     HiddenCache,
     HiddenLoss,
@@ -378,6 +379,32 @@ def test_a_pruned_student_comes_closer_to_its_teacher(
     assert result.flops == pytest.approx(
         shapes[0].training_flops(tokens, 16) + shapes[1].forward_flops(tokens, 16)
     )
+
+
+def test_the_held_out_loss_is_measured_when_asked_and_changes_no_weight(
+    artifact: Path, pruned: Path, make_context: MakeContext
+) -> None:
+    inputs = {"model": pruned, "teacher": artifact}
+    plain = make_context(config_of(steps=6), **inputs)
+    measured = make_context(config_of(steps=6).model_copy(update={"heldout_every": 2}), **inputs)
+    for context in (plain, measured):
+        distill.run(context)
+    rows = [r for r in read_rows(measured.out / "curve.jsonl") if r["name"] == "heldout_loss"]
+    assert [(row["step"], row["tokens"]) for row in rows] == [(2, 256), (4, 512), (6, 768)]
+    student = checkpoints.load_model(measured.out / "model")
+    heldout = corpus.blocks(CORPUS, pruned / "model", "heldout")
+    assert rows[-1]["value"] == pytest.approx(evaluate.lm_loss(student, heldout), abs=1e-6)
+    weights = [
+        (each.out / "model" / "model.safetensors").read_bytes() for each in (plain, measured)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_sharded_weights_cannot_be_measured_on_the_way() -> None:
+    engine = EngineSettings(zero_stage=3)
+    training = Training(steps=2, batch_size=2, learning_rate=1e-3, engine=engine)
+    with pytest.raises(ValueError, match="zero_stage 3"):
+        DistillConfig(corpus=CORPUS, training=training, heldout_every=1)
 
 
 def test_conventional_training_needs_no_teacher(pruned: Path, make_context: MakeContext) -> None:

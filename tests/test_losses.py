@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from trainers import losses
 from trainers.losses import (
     LOGIT_LOSSES,
     chunked,
@@ -363,3 +364,22 @@ def test_what_is_kept_for_the_backward_pass_has_no_row_of_logits() -> None:
         chunked(hidden, head, lambda logits, place: logits.square().sum(), 8)
     assert (40, 9) not in kept
     assert max(shape[0] for shape in kept if shape[1:] == (9,)) == 8
+
+
+@pytest.mark.parametrize("kind", LOGIT_LOSSES)
+def test_a_loss_taken_over_a_few_rows_at_a_time_is_that_of_all_rows(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    hidden_ND, head_VD = torch.randn(10, 4), torch.randn(7, 4)
+    teacher_NV = torch.randn(10, 7)
+
+    def found(rows_of: int) -> list[Tensor]:
+        monkeypatch.setattr(losses, "ROWS_OF", rows_of)
+        hidden, head = hidden_ND.clone().requires_grad_(), head_VD.clone().requires_grad_()
+        loss = LOGIT_LOSSES[kind]
+        total = chunked(hidden, head, lambda x, at: loss(x, teacher_NV[at], 2.0), 6)
+        total.backward()
+        assert hidden.grad is not None and head.grad is not None
+        return [total.detach(), hidden.grad, head.grad]
+
+    assert_same(found(rows_of=2 * 7), found(rows_of=100 * 7))

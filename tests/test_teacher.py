@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trainers import checkpoints
 from trainers.contract import StageError
-from trainers.teacher import LiveTeacher, OutputHead, check_same_words
+from trainers.teacher import DenseTargets, LiveTeacher, OutputHead, check_same_words
 
 EVERY_FAMILY = pytest.mark.parametrize("name", sorted({*MODEL_TYPES, *VARIANTS}))
 IDS = torch.arange(1, 25).reshape(2, 12)
@@ -83,3 +83,15 @@ def test_a_word_that_only_one_tokenizer_has_is_named(artifact: Path, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(StageError, match=r"'aardvark' is no word in the student, \d+ in the"):
         check_same_words(artifact / "model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 100])
+def test_logits_asked_for_a_few_at_a_time_are_those_of_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr("trainers.teacher.CHUNK_TOKENS", window)
+    hidden_ND, head_VD = torch.randn(11, 5), torch.randn(9, 5)
+    targets = DenseTargets(hidden_ND, {}, OutputHead(head_VD))
+    for start, stop in [(0, 2), (2, 4), (3, 9), (8, 11), (0, 11), (4, 5)]:
+        expected = hidden_ND[start:stop] @ head_VD.T
+        torch.testing.assert_close(targets.logits(slice(start, stop)), expected)

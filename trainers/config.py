@@ -637,6 +637,14 @@ class DistillConfig(Frozen):
     training: Training
     loss: DistillLoss = DistillLoss()
     signal: Signal = LiveSignal()
+    heldout_every: int | None = Field(default=None, gt=0)
+    """Optimizer steps between two measurements of the loss on held-out text; None for none."""
+
+    @model_validator(mode="after")
+    def _whole_weights_to_measure(self) -> DistillConfig:
+        if self.heldout_every is not None and self.training.engine.zero_stage == 3:
+            raise ValueError("heldout_every needs whole weights, and zero_stage 3 shards them")
+        return self
 
 
 class EvaluateConfig(Frozen):

@@ -22,6 +22,7 @@ from trainers.checkpoints import (
 )
 from trainers.config import DistillConfig, DistillLoss, HiddenCache, LiveSignal
 from trainers.contract import StageContext, StageError, StageResult
+from trainers.evaluate import lm_loss
 from trainers.hidden import HiddenDistance, captured
 from trainers.losses import LOGIT_LOSSES, chunked, cross_entropy, likeliest, sparse_forward_kl
 from trainers.mapping import StateName, teacher_states
@@ -200,11 +201,24 @@ def run(context: StageContext[DistillConfig]) -> StageResult:
         context.out,
         context.reporter,
         context.runtime,
+        _measure(context, student),
     )
     if workers.is_first():
         save_model(student, load_tokenizer(folder), context.out / "model")
     flops = _flops(context, trained)
     return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
+
+
+def _measure(
+    context: StageContext[DistillConfig], student: PreTrainedModel
+) -> engine.Measure | None:
+    config = context.config
+    if config.heldout_every is None:
+        return None
+    heldout_NL = corpus.blocks(config.corpus, context.model("model"), "heldout")
+    return engine.Measure(
+        config.heldout_every, lambda: {"heldout_loss": lm_loss(student, heldout_NL)}
+    )
 
 
 def _check(context: StageContext[DistillConfig]) -> None:

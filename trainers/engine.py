@@ -21,7 +21,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ def zero_stage(training: Training) -> int:
     return asked if asked is not None else int(training.precision == "bf16")
 
 
+@dataclass(frozen=True)
+class Measure:
+    """Something to measure after every so many optimizer steps, on whole weights (ZeRO 0 to 2). It
+    enters the curve, and the report of that step, which also says after how many `tokens`."""
+
+    every: int
+    measure: Callable[[], Mapping[str, float]]
+
+
 def train(
     objective: nn.Module,
     blocks_NL: Tensor,
@@ -104,6 +113,7 @@ def train(
     out: Path,
     reporter: Reporter,
     runtime: Runtime,
+    measure: Measure | None = None,
 ) -> Trained:
     """Train the objective's parameters in place; goes on from `out/checkpoints` where there is one.
 
@@ -114,7 +124,7 @@ def train(
     """
     run = _Run(objective, blocks_NL, training, seed, out)
     try:
-        _train_to_the_end(run, training.steps, reporter, runtime)
+        _train_to_the_end(run, training.steps, reporter, runtime, measure)
         whole = _whole_weights(objective) if zero_stage(training) == 3 else None
         trained = run.finish()
     finally:
@@ -124,14 +134,17 @@ def train(
     return trained
 
 
-def _train_to_the_end(run: _Run, steps: int, reporter: Reporter, runtime: Runtime) -> None:
+def _train_to_the_end(
+    run: _Run, steps: int, reporter: Reporter, runtime: Runtime, measure: Measure | None
+) -> None:
     saved_at = started_at = time.monotonic()
     first = run.step
     while run.step < steps:
         loss = run.advance()
         now = time.monotonic()
         speed = (run.step - first) * run.tokens_per_step / max(now - started_at, 1e-9)
-        stop = _report(reporter, run.step, steps, {"loss": loss, "tokens_per_s": speed})
+        values = {"loss": loss, "tokens_per_s": speed} | run.measured(measure)
+        stop = _report(reporter, run.step, steps, values)
         due = now - saved_at > runtime.checkpoint_every_s and run.step < steps
         stopping, due = _any_worker(stop is not None, due)
         if stopping or due:
@@ -239,6 +252,15 @@ class _Run:
         values = torch.tensor(list(parts.values()), dtype=torch.float64, device=self._device)
         return dict(zip(parts, workers.mean_over_workers(values).tolist(), strict=True))
 
+    def measured(self, measure: Measure | None) -> dict[str, float]:
+        """What is to be measured after this step, noted in the curve; nothing after most steps."""
+        if measure is None or self.step % measure.every:
+            return {}
+        found = dict(measure.measure())
+        tokens = self.step * self.tokens_per_step
+        self._curve.note(self.step, tokens, found)
+        return found | {"tokens": tokens}
+
     def save(self) -> None:
         """A checkpoint of this step; the one before is removed only after this one is whole."""
         if self._rank == 0:
@@ -340,6 +362,9 @@ def _start_engine(objective: nn.Module, training: Training, micro_batch_size: in
         ),
         config=config,
     )
+    if zero_stage(training) == 0 and workers.rank_and_processes()[1] == 1:
+        # Alone, DeepSpeed would copy all gradients into one tensor and back for nobody.
+        engine.enable_backward_allreduce = False
     if sharded:
         for parameter in _read_from_outside(objective):
             deepspeed.zero.register_external_parameter(objective, parameter)
@@ -549,9 +574,13 @@ class _Curve:
         means = {name: sum(each) / len(each) for name, each in self.since.items()}
         self.last_loss = means["loss"]
         self.since.clear()
-        stamp = {"step": step, "tokens": tokens, "time_ms": time.time_ns() // 1_000_000}
         means["learning_rate"] = rate
-        self._rows += [{**stamp, "name": name, "value": value} for name, value in means.items()]
+        self.note(step, tokens, means)
+
+    def note(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        """A point of its own."""
+        stamp = {"step": step, "tokens": tokens, "time_ms": time.time_ns() // 1_000_000}
+        self._rows += [{**stamp, "name": name, "value": value} for name, value in values.items()]
 
     def flush(self) -> None:
         write_rows(self._path, self._rows)

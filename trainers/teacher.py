@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from trainers.checkpoints import (
 )
 from trainers.contract import StageError
 from trainers.hidden import captured
+from trainers.losses import CHUNK_TOKENS
 from trainers.mapping import StateName as StateName
 
 
@@ -39,10 +40,36 @@ class OutputHead:
         return cls(output_head(model).detach(), softcap_of(model))
 
     @torch.no_grad()
-    def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """Logits, (tokens, vocabulary), without gradients."""
-        logits_NV = F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD)
+    def __call__(self, hidden_ND: Tensor, into_NV: Tensor | None = None) -> Tensor:
+        """Logits, (tokens, vocabulary), without gradients; in the memory of `into_NV`, which has
+        at least as many rows, where it is given."""
+        hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+        if into_NV is None:
+            return capped(F.linear(hidden_ND, self.weight_VD), self.softcap)
+        logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=into_NV[: len(hidden_ND)])
         return capped(logits_NV, self.softcap)
+
+
+@dataclass
+class _Window:
+    """The logits of `CHUNK_TOKENS` positions in a row, so that they cost one matrix product however
+    few of them are asked for at a time."""
+
+    start: int = -1
+    logits_NV: Tensor | None = None
+
+    def logits(self, place: slice, hidden_ND: Tensor, head: OutputHead) -> Tensor:
+        """The logits at these positions. The window moves to where they are."""
+        start = place.start - place.start % CHUNK_TOKENS
+        if place.stop > start + CHUNK_TOKENS:  # chunks of another size
+            return head(hidden_ND[place])
+        if self.logits_NV is None or self.start != start:
+            wanted_ND = hidden_ND[start : start + CHUNK_TOKENS]
+            into = self.logits_NV
+            fits = into is not None and len(into) >= len(wanted_ND)
+            self.logits_NV = head(wanted_ND, into if fits else None)
+            self.start = start
+        return self.logits_NV[place.start - start : place.stop - start]
 
 
 @dataclass(frozen=True)
@@ -57,11 +84,12 @@ class DenseTargets:
     hidden_ND: Tensor
     states: Mapping[StateName, Tensor]
     head: OutputHead
+    _window: _Window = field(default_factory=_Window, init=False, repr=False, compare=False)
 
     def logits(self, place: slice) -> Tensor:
         """The teacher's logits at these positions, (tokens, vocabulary), soft cap applied, without
-        gradients."""
-        return self.head(self.hidden_ND[place])
+        gradients; good until the next call."""
+        return self._window.logits(place, self.hidden_ND, self.head)
 
 
 @dataclass(frozen=True)
