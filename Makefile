@@ -10,7 +10,7 @@ SWEEPS := depth_ablation width_vs_depth importance_aggregation importance_iterat
 	teacher_correction conventional_vs_distilled teacher_signals
 PROFILE ?= tiny
 
-.PHONY: run sweeps publish test check smollm2 clean
+.PHONY: run sweeps publish test test-faults check smollm2 clean
 
 run: $(STAMP)  ## prune, distil, measure, choose and report, on the tiny profile
 	$(BIN)/orchestrate sweeps/depth_ablation.yaml --profile tiny
@@ -23,8 +23,11 @@ publish: $(STAMP)  ## copy the small files of every finished sweep to results/pu
 	set -e; for sweep in $(SWEEPS); do \
 		$(BIN)/orchestrate publish sweeps/$$sweep.yaml --profile $(PROFILE); done
 
-test: $(STAMP)  ## all tests, slow ones included
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests, slow ones included, but for those that break things
+	$(BIN)/python -m pytest -m "not faults"
+
+test-faults: $(STAMP)  ## real sweeps whose processes, disks and files are broken: minutes
+	$(BIN)/python -m pytest -m faults --durations=0
 
 check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,18 +20,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from orchestrator import plan as planning
+from orchestrator.faults import explain, is_infrastructure
+from orchestrator.growth import growth_of, objectives_of, plan_with
+from orchestrator.leases import Lease, LeaseHeldError
 from orchestrator.plan import SweepPlan
-from orchestrator.race import settled
-from orchestrator.space import enumerate_trials
 from orchestrator.spec import SpecError, Sweep, load
-from orchestrator.store import Lease, LeaseHeldError, Store
+from orchestrator.storage import open_store
+from orchestrator.store import DamagedArtifactError, Store
 
 if TYPE_CHECKING:
     from orchestrator.jobs import Job
     from orchestrator.ledger import Ledger
+    from orchestrator.plan import TrialPlan
     from orchestrator.records import Records, TrialRecord
     from orchestrator.selection import Ranking
     from orchestrator.space import LeftOut
+    from orchestrator.stopping import Judge
     from orchestrator.tracking import Mirror
     from orchestrator.tuning import Place
 
@@ -114,16 +119,22 @@ def run(
     """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped."""
     loaded, planned = _plan(sweep, profile, overrides, results)
     if dry_run:
-        _print_plan(loaded, planned, Store(results / "artifacts"), results)
+        _print_plan(loaded, planned, _store(results, loaded), results)
         return
     results = _writable(results)  # absolute: workers run in folders of their own
-    store = Store(results / "artifacts")
-    folder = _results_folder(results, loaded)
+    store = _store(results, loaded, writing=True)
+    folder = results / loaded.name / loaded.profile
     try:
-        with Lease(folder / ".running").at_once():
+        folder.mkdir(parents=True, exist_ok=True)
+        with Lease(folder / ".running", on_lost=_taken_over).at_once():
             status = _run(loaded, planned, store, results, address, max_concurrent, _command())
     except LeaseHeldError as error:
         _refuse(f"{folder}: this sweep is running already, in another process ({error})")
+    except Exception as error:
+        if not is_infrastructure(error):
+            raise
+        click.echo(f"{explain(error, folder)}; the same command goes on from here", err=True)
+        status = FAILED
     sys.exit(status)
 
 
@@ -140,7 +151,7 @@ def plan(
     orchestrate plan sweeps/depth_ablation.yaml --profile smollm2 --json
     """
     loaded, planned = _plan(sweep, profile, overrides, results)
-    store = Store(results / "artifacts")
+    store = _store(results, loaded)
     if as_json:
         click.echo(json.dumps(_plan_as_json(loaded, planned, store, results), indent=1))
     else:
@@ -152,7 +163,8 @@ def plan(
 def validate(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Check a sweep file and its profile; exit 2 with every mistake, or say that it is valid."""
     loaded, planned = _plan(sweep, profile, overrides, results)
-    out.print(f"{sweep}: valid, {len(planned.trials)} trials at profile {loaded.profile}")
+    trials = f"{len(planned.trials)} trials at profile {loaded.profile}"
+    out.print(f"{escape(str(sweep))}: valid, {trials}")
 
 
 @app.command()
@@ -196,6 +208,96 @@ def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], result
     files = [file for file in target.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
     out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
+
+
+@app.command()
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of the records, and of the MLflow store unless MLFLOW_TRACKING_URI is set.",
+)
+@click.option("--profile", help="Only what ran at this profile.")
+@click.argument("sweep", required=False, type=click.Path(path_type=Path))
+def mirror(sweep: Path | None, profile: str | None, results: Path) -> None:
+    """Write runs to MLflow again from the records: those of SWEEP, or of every sweep.
+
+    \b
+    orchestrate mirror                               every sweep that ran here or is published
+    orchestrate mirror sweeps/depth_ablation.yaml    one, at the profile that its file names
+
+    What MLflow shows already stays as it is. Exit status 1 where it cannot be reached.
+    """
+    from orchestrator import mirroring
+
+    name, at = ("*", profile or "*") if sweep is None else _named(sweep, profile, results)
+    recorded = mirroring.find(results, name, at)
+    if not recorded:
+        _refuse(f"{results / name / at}: no results, here or published; run the sweep first")
+    results, failed = _writable(results), False
+    for each in recorded:
+        try:
+            done = mirroring.mirror(each, results)
+        except LeaseHeldError:
+            out.print(f"{each.folder}: runs at this moment, and shows itself")
+            continue
+        except (ValueError, OSError) as error:
+            click.echo(f"{each.folder}: {_first_line(error)}", err=True)
+            failed = True
+            continue
+        out.print(f"{each.sweep} at {each.profile}: {done.written} of {done.trials} trials written")
+        if done.problem:
+            click.echo(f"{each.sweep} at {each.profile}: {done.problem}", err=True)
+        failed = failed or done.problem is not None
+        if not done.reached:
+            break
+    sys.exit(FAILED if failed else 0)
+
+
+@app.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--address", help="Ray cluster to look at, HOST:PORT or auto; else this machine.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder that the sweep would write into.",
+)
+@click.option("--profile", help="Scale that the sweep would run at.")
+@click.argument("sweep", type=click.Path(path_type=Path), required=False)
+def doctor(
+    sweep: Path | None, profile: str | None, results: Path, address: str | None, as_json: bool
+) -> None:
+    """Check that this machine, or a cluster, has what a sweep will need; name each remedy.
+
+    \b
+    orchestrate doctor                                      this machine
+    orchestrate doctor sweeps/width_vs_depth.yaml --profile llama31_8b --address auto
+    """
+    from orchestrator import doctor as doctoring
+    from orchestrator.cluster import UnreachableError, host_and_port
+
+    if sweep is None and profile is not None:
+        _refuse("--profile needs a sweep: orchestrate doctor SWEEP --profile PROFILE")
+    try:
+        if address is not None and address != "auto":
+            host_and_port(address)
+    except UnreachableError as error:
+        _refuse(f"--address: {error}")
+    needs, store = doctoring.Needs(), None
+    if sweep is not None:
+        loaded, planned = _plan(sweep, profile, (), results)
+        store = _store(results, loaded)
+        stored = {n.stage_id for n in planned.nodes() if store.manifest(n.stage_id) is not None}
+        needs = doctoring.needs_of(planned, loaded.resources, stored)
+    checks = list(doctoring.examine(results, needs, address, store))
+    if as_json:
+        click.echo(doctoring.as_json(checks))
+    else:
+        out.print(doctoring.as_table(checks))
+    sys.exit(FAILED if any(check.required and not check.ok for check in checks) else 0)
 
 
 @app.command()
@@ -243,23 +345,28 @@ def _run(
         resolved,
         ledger.tracked,
     )
-    jobs = make_jobs(planned, ledger.finished_trials(), store, sweep.resources)
+    jobs = make_jobs(planned, _finished(sweep, ledger), store, sweep.resources)
     _greet(sweep, planned, len(planned.trials) - sum(not job.shared for job in jobs))
     interrupted = False
-    if jobs:
+    if jobs or sweep.grows:
         interrupted = _run_jobs(
             jobs, planned, place, ledger, mirror, sweep, address, max_concurrent
         )
-        # What a race went on to is known only now.
-        planned = _plan_with(sweep, _ended(ledger))
+        # What a race went on to, or a search proposed, is known only now.
+        planned = plan_with(sweep, ledger.trials())
+    if not interrupted and (again := _winner_to_rebuild(sweep, planned, ledger, store)):
+        interrupted = _run_jobs(
+            again, planned, place, ledger, mirror, sweep, address, max_concurrent
+        )
     order = [trial.trial.trial_id for trial in planned.trials]
-    records = ledger.records(sweep.name, sweep.profile, order)
+    records = _as_asked(ledger.records(sweep.name, sweep.profile, order), planned)
     write_parquet(records, place.folder)
     ranking = _write_report(records, sweep, place.folder, command)
     _copy_winner(ranking, planned, place)
-    mirror.finish(place.folder)
+    mirror.finish(place.folder, records)
     warnings = mirror.close()
-    write_parquet(ledger.records(sweep.name, sweep.profile, order), place.folder)
+    tracked = ledger.records(sweep.name, sweep.profile, order)
+    write_parquet(_as_asked(tracked, planned), place.folder)
     _close(records, ranking, place, warnings, sweep)
     if interrupted:
         out.print("interrupted; the same command goes on from here")
@@ -285,13 +392,15 @@ def _run_jobs(
 
     board = Board(out, _titles(jobs, planned))
     begun = {job.job_id for job in jobs}
+    growth = growth_of(sweep, ledger.trials(), place.folder)
 
-    def more() -> Sequence[Job]:
+    def more(idle: bool) -> Sequence[Job]:
         """The jobs that the trials that have ended make possible."""
-        if sweep.scheduler.method != "race":
+        ended = ledger.trials()
+        grown = growth.grown(ended, idle)
+        if grown is None:
             return ()
-        grown = _plan_with(sweep, _ended(ledger))
-        left = make_jobs(grown, set(_ended(ledger)), place.store, sweep.resources)
+        left = make_jobs(grown, set(ended), place.store, sweep.resources)
         found = [job for job in left if job.job_id not in begun]
         begun.update(job.job_id for job in found)
         board.add(_titles(found, grown))
@@ -309,12 +418,26 @@ def _run_jobs(
                 address,
                 max_concurrent,
                 more,
+                _judge(sweep, planned, ledger),
             )
     except KeyboardInterrupt:
         return True
     except tuning.NoRoomError as error:
         _refuse(str(error))
+    finally:
+        growth.close(ledger.trials())
     return summary.interrupted
+
+
+def _judge(sweep: Sweep, planned: SweepPlan, ledger: Ledger) -> Judge:
+    """Who stops trials early; what earlier runs of the sweep measured is told again."""
+    from orchestrator.stopping import judge_of
+
+    lengths = [trial.tokens_trained for trial in planned.trials]
+    baselines = {t.trial_id for t in ledger.trials().values() if t.baseline is not None}
+    curves = ledger.records(sweep.name, sweep.profile).curves if sweep.scheduler.stops else ()
+    measured = [point for point in curves if point.trial_id not in baselines]
+    return judge_of(sweep.scheduler, max(lengths, default=0), measured)
 
 
 def _titles(jobs: Sequence[Job], planned: SweepPlan) -> dict[str, str]:
@@ -326,16 +449,55 @@ def _titles(jobs: Sequence[Job], planned: SweepPlan) -> dict[str, str]:
     }
 
 
-def _ended(ledger: Ledger) -> dict[str, TrialRecord]:
-    """Every trial that was run, whether it completed or failed."""
-    return {trial.trial_id: trial for trial in ledger.records("", "").trials}
+def _finished(sweep: Sweep, ledger: Ledger) -> set[str]:
+    """Trials that need not run again. Where the sweep stops none early, one that was goes on."""
+    return ledger.finished_trials(stopped=sweep.scheduler.stops)
+
+
+def _as_asked(records: Records, planned: SweepPlan) -> Records:
+    """The records under the names that the sweep gives its trials now: it may have gained axes
+    since they ran. Those that it does not ask for any more are marked."""
+    asked = {each.trial.trial_id: each.trial for each in planned.trials}
+    trials = [
+        replace(trial, axes=dict(now.axes), baseline=now.baseline)
+        if (now := asked.get(trial.trial_id)) is not None
+        else replace(trial, in_sweep=False)
+        for trial in records.trials
+    ]
+    return replace(records, trials=tuple(trials))
 
 
 def _greet(sweep: Sweep, planned: SweepPlan, done: int) -> None:
-    out.print(f"[bold]{sweep.name}[/] at profile [bold]{sweep.profile}[/]: {sweep.question}")
+    out.print(_headline(sweep))
     for line in _left_out(planned.left_out):
         out.print(f"  {escape(line)}")
     out.print(f"{len(planned.trials)} trials, {done} of them done already")
+    for line in _to_come(sweep):
+        out.print(line)
+
+
+def _to_come(sweep: Sweep) -> list[str]:
+    """What the sweep will be given while it runs."""
+    later = [f"then, in the rung {escape(r.name)}: those that the rung before chooses"
+             for r in sweep.scheduler.rungs[1:]]  # fmt: skip
+    search, seeds = sweep.search, len(sweep.seeds)
+    if search.method != "grid":
+        goals = ", ".join(f"{each.metric} ({each.mode})" for each in objectives_of(sweep))
+        later.append(
+            f"then up to {search.trials} configurations proposed by {search.method}, with "
+            f"{seeds} seed{'s' * (seeds > 1)} each, for {goals}"
+        )
+    if sweep.scheduler.stops:
+        later.append(
+            f"{sweep.scheduler.method} may stop a trial by its held-out loss after "
+            f"{sweep.scheduler.floor_tokens:,} tokens"
+        )
+    return later
+
+
+def _headline(sweep: Sweep) -> str:
+    profile = f"at profile [bold]{sweep.profile}[/]"
+    return f"[bold]{sweep.name}[/] {profile}: {escape(sweep.question)}"
 
 
 def _left_out(left_out: Sequence[LeftOut]) -> list[str]:
@@ -352,7 +514,7 @@ def _write_report(
     from orchestrator import report as reporting
 
     return reporting.write(
-        records,
+        records.asked,
         folder,
         sweep.question,
         sweep.select.metric,
@@ -363,17 +525,44 @@ def _write_report(
     )
 
 
-def _copy_winner(ranking: Ranking | None, planned: SweepPlan, place: Place) -> None:
-    """`best/`: the winner's checkpoint as a folder of its own, replaced whole."""
+def _winner_to_rebuild(
+    sweep: Sweep, planned: SweepPlan, ledger: Ledger, store: Store
+) -> Sequence[Job]:
+    """The jobs that make the winner's checkpoint again where it was lost or damaged: its trial
+    is finished, so that nothing else would."""
+    from orchestrator.jobs import make_jobs
+    from orchestrator.selection import rank
+
+    ids = {trial.trial.trial_id for trial in planned.trials}
+    records = ledger.records(sweep.name, sweep.profile)
+    won = _won(rank(records, sweep.select.metric, sweep.select.mode, sweep.finalists), planned)
+    if won is None or store.found(won.student.stage_id) is not None:
+        return ()
+    out.print("the checkpoint of the winner was lost or damaged, and is made again")
+    return make_jobs(planned, ids - {won.trial.trial_id}, store, sweep.resources)
+
+
+def _won(ranking: Ranking | None, planned: SweepPlan) -> TrialPlan | None:
     from orchestrator.selection import winner
 
     chosen = winner(ranking)
     if chosen is None:
-        return
-    won = next((t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None)
-    if won is None:  # the winner is of an earlier, larger form of this sweep
+        return None
+    # It may be of an earlier, larger form of this sweep.
+    return next((t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None)
+
+
+def _copy_winner(ranking: Ranking | None, planned: SweepPlan, place: Place) -> None:
+    """`best/`: the winner's checkpoint as a folder of its own, replaced whole."""
+    won = _won(ranking, planned)
+    if won is None:
         return
     model = won.student
+    try:
+        place.store.fetch(model.stage_id)
+    except DamagedArtifactError as error:
+        out.print(f"[yellow]warning[/]: best/ stays as it was: {escape(str(error))}")
+        return
     beside, target = place.folder / "best.part", place.folder / "best"
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(place.store.path(model.stage_id) / "model", beside)
@@ -397,7 +586,7 @@ def _close(
     chosen = winner(ranking)
     out.print(outcome_table(ranking, chosen))
     if sweep.claims:
-        out.print(claims_table(judge(records, sweep.claims)))
+        out.print(claims_table(judge(records.asked, sweep.claims)))
     for trial in records.trials:
         if trial.status == "failed":
             out.print(f"[red]failed[/] {trial.trial_id}: {escape(str(trial.reason))}")
@@ -417,28 +606,28 @@ def _plan(
     """The sweep and its plan, with those rungs of a race that are decided already."""
     try:
         loaded = load(sweep, profile, overrides, results)
-        ended = _completed(results / loaded.name / loaded.profile)
-        return loaded, _plan_with(loaded, ended)
+        return loaded, plan_with(loaded, _ended(results / loaded.name / loaded.profile))
     except SpecError as error:
         _refuse(*error.messages)
 
 
-def _plan_with(sweep: Sweep, ended: Mapping[str, TrialRecord]) -> SweepPlan:
-    space = enumerate_trials(sweep)
-    if sweep.scheduler.method == "race":
-        space = settled(sweep, space, ended)
-    return planning.plan_sweep(sweep, space)
+def _named(sweep: Path, profile: str | None, results: Path) -> tuple[str, str]:
+    """The names under which a sweep file's results are kept."""
+    try:
+        loaded = load(sweep, profile, (), results)
+    except SpecError as error:
+        _refuse(*error.messages)
+    return loaded.name, loaded.profile
 
 
-def _completed(folder: Path) -> dict[str, TrialRecord]:
-    """Trials that need not run again, by id."""
+def _ended(folder: Path) -> dict[str, TrialRecord]:
+    """Trials of a results folder that completed or were stopped, by id."""
     if not (folder / "ledger.jsonl").exists():
         return {}
     from orchestrator.ledger import Ledger
 
-    ledger = Ledger(folder / "ledger.jsonl")
-    finished = ledger.finished_trials()
-    return {t.trial_id: t for t in ledger.records("", "").trials if t.trial_id in finished}
+    trials = Ledger(folder / "ledger.jsonl").trials()
+    return {id_: trial for id_, trial in trials.items() if trial.status != "failed"}
 
 
 def _refuse(*messages: str) -> NoReturn:
@@ -458,10 +647,26 @@ def _writable(results: Path) -> Path:
     return results.resolve()
 
 
-def _results_folder(results: Path, sweep: Sweep) -> Path:
-    folder = results / sweep.name / sweep.profile
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _taken_over() -> None:
+    """A process of another machine took this one, which was stopped for a minute, for dead. The
+    ledger is the other's now: two that write it would repeat each other's work."""
+    click.echo("the sweep is another process's now, or its folder is gone; this one ends", err=True)
+    os._exit(INTERRUPTED)
+
+
+def _store(results: Path, sweep: Sweep, writing: bool = False) -> Store:
+    """Where the sweep's artifacts are."""
+    try:
+        store = open_store(results / "artifacts", sweep.artifacts)
+        if writing:
+            store.check_access()
+    except (OSError, ValueError) as error:
+        _refuse(f"artifacts: {sweep.artifacts or results}: cannot be used ({_first_line(error)})")
+    return store
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _recorded_folder(results: Path, sweep: Sweep) -> Path:
@@ -477,7 +682,10 @@ def _recorded_folder(results: Path, sweep: Sweep) -> Path:
 def _read(folder: Path) -> Records:
     from orchestrator.records import read_parquet
 
-    return read_parquet(folder)
+    try:
+        return read_parquet(folder)
+    except ValueError as error:  # a newer version wrote them, or a disk changed them
+        _refuse(f"{error}; the sweep's own command writes its records anew")
 
 
 def _command() -> str:
@@ -488,13 +696,13 @@ def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -
     from orchestrator.progress import plan_table
 
     described = _plan_as_json(sweep, planned, store, results)
-    out.print(f"[bold]{sweep.name}[/] at profile [bold]{sweep.profile}[/]: {sweep.question}")
-    for table in plan_table(described):
+    out.print(_headline(sweep))
+    for table in plan_table(described, out.width):
         out.print(table)
     for line in _left_out(planned.left_out):
         out.print(escape(line))
-    for rung in sweep.scheduler.rungs[1:]:
-        out.print(f"then, in the rung {escape(rung.name)}: those that the rung before chooses")
+    for line in _to_come(sweep):
+        out.print(line)
     total = described["total"]
     out.print(
         f"{total['trials']} trials ({total['trials_done']} done), {total['stages']} stages "
@@ -503,13 +711,32 @@ def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -
     )
     if total["cache_bytes"]:
         out.print(f"caches of teacher outputs: {total['cache_bytes'] / 1e9:.3g} GB of disk")
+    if total["gpu_hours"] is not None:
+        used = sweep.resources
+        out.print(
+            f"{total['gpu_hours']:,.0f} GPU-hours, shared work once, at {used.utilisation:.0%} of "
+            f"{used.peak_tflops:g} TFLOPS; {used.workers} workers of {used.gpus_per_worker:g} GPU"
+        )
+    for line in map(_warning, described["warnings"]):
+        out.print(f"[yellow]warning[/]: {escape(line)}")
 
 
 def _plan_as_json(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> dict[str, Any]:
     stored = {n.stage_id for n in planned.nodes() if store.manifest(n.stage_id) is not None}
-    done = set(_completed(results / sweep.name / sweep.profile))
-    found = planning.describe(planned, done, stored, lambda stage_id: str(store.path(stage_id)))
+    ended = _ended(results / sweep.name / sweep.profile)
+    over = ("completed", "stopped") if sweep.scheduler.stops else ("completed",)
+    done = {id_ for id_, trial in ended.items() if trial.status in over}
+    found = planning.describe(
+        planned, sweep.resources, done, stored, lambda stage_id: str(store.path(stage_id))
+    )
     return {"sweep": sweep.name, "profile": sweep.profile, **found}
+
+
+def _warning(warning: Mapping[str, Any]) -> str:
+    """The sentence, after the trials that it is true of; of many, the first and their number."""
+    labels = warning["labels"]
+    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+    return f"{labels[0]}{more}: {warning['text']}"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.faults import InfrastructureError, explain, is_infrastructure
 from orchestrator.plan import TrialPlan
 from orchestrator.records import (
     BlockScore,
@@ -22,7 +24,7 @@ from orchestrator.records import (
 )
 from orchestrator.stages import STAGES
 from orchestrator.steps import StageNode
-from orchestrator.store import Manifest, Store
+from orchestrator.store import DamagedArtifactError, Manifest, Store
 from trainers.config import for_record
 from trainers.contract import (
     DamagedInputError,
@@ -95,34 +97,53 @@ def run_stage(
     """The stage's record. Its artifact is in the store afterwards.
 
     An artifact that this very trial had built before a kill, and could not record, counts as run
-    by it and not as found: `requested_by` in the manifest tells.
+    by it and not as found: `requested_by` in the manifest tells. Raises `InfrastructureError` where
+    the machine failed and not the stage.
     """
-    if (stored := store.manifest(node.stage_id)) is None:
-        with store.lease(node.stage_id):
-            stored = store.manifest(node.stage_id)  # another may have built it while we waited
-            if stored is None:
-                stored = _build(node, store, requested_by, sink, runtime, launch)
+    try:
+        if (stored := store.found(node.stage_id)) is None:
+            with store.lease(node.stage_id):
+                stored = store.found(node.stage_id)  # another may have built it while we waited
+                if stored is None:
+                    stored = _build(node, store, requested_by, sink, runtime, launch)
+    except DamagedInputError:
+        raise
+    except Exception as error:
+        if not is_infrastructure(error):
+            raise
+        raise InfrastructureError(explain(error, store.root)) from error
     return stage_record(stored, trial_id, cached=stored.requested_by != requested_by)
 
 
 def run_stages(
-    nodes: Sequence[StageNode], run: Callable[[StageNode], StageRecord], store: Store
+    nodes: Sequence[StageNode],
+    run: Callable[[StageNode], StageRecord],
+    store: Store,
+    upstream: Sequence[StageNode] = (),
 ) -> Iterator[StageRecord]:
     """The records of a trial's stages, run one after the other.
 
-    An input that turns out to be damaged is thrown away and built again, once.
+    An input that turns out to be damaged is thrown away and built again, once; `upstream` are the
+    stages that may have to be run for that and for nothing else.
     """
-    by_id = {node.stage_id: node for node in nodes}
+    by_id = {node.stage_id: node for node in (*upstream, *nodes)}
+    again = set[str]()
+
+    def records(node: StageNode) -> Iterator[StageRecord]:
+        while True:
+            try:
+                yield run(node)
+                return
+            except DamagedInputError as error:
+                damaged = by_id.get(node.inputs.get(error.role, ""))
+                if damaged is None or damaged.stage_id in again:
+                    raise
+                again.add(damaged.stage_id)
+                store.discard(damaged.stage_id)
+                yield from records(damaged)
+
     for node in nodes:
-        try:
-            yield run(node)
-        except DamagedInputError as error:
-            damaged = by_id.get(node.inputs.get(error.role, ""))
-            if damaged is None:
-                raise
-            store.discard(damaged.stage_id)
-            yield run(damaged)
-            yield run(node)
+        yield from records(node)
 
 
 def stage_record(stored: Manifest, trial_id: str, cached: bool) -> StageRecord:
@@ -149,6 +170,11 @@ def _build(
     runtime: Runtime,
     launch: Launch,
 ) -> Manifest:
+    for role, stage_id in node.inputs.items():
+        try:
+            store.fetch(stage_id)
+        except DamagedArtifactError as error:
+            raise DamagedInputError(role, str(error)) from error
     out = store.working_folder(node.stage_id)
     out.mkdir(parents=True, exist_ok=True)
     context: StageContext[Any] = StageContext(
@@ -161,7 +187,14 @@ def _build(
     )
     sink(node.kind, 0, 0, {})
     started, began = time.time(), time.monotonic()
-    launched = launch(node, context)
+    try:
+        launched = launch(node, context)
+    except Exception:
+        # Who was stopped for so long that another took the stage over may find its files gone.
+        if (published := store.found(node.stage_id)) is not None:
+            return published
+        raise
+    wall_s = time.monotonic() - began
     manifest = Manifest(
         stage_id=node.stage_id,
         kind=node.kind,
@@ -173,13 +206,12 @@ def _build(
         tokens=launched.result.tokens,
         flops=launched.result.flops,
         **asdict(launched.costs),
-        wall_s=time.monotonic() - began,
+        wall_s=wall_s,
         started_at=started,
-        ended_at=time.time(),
+        ended_at=started + wall_s,  # and not by the clock, which may have been set back
         files={},
     )
-    store.publish(manifest)
-    return manifest
+    return store.publish(manifest)
 
 
 def entry_point(name: str) -> Callable[[StageContext[Any]], StageResult]:
@@ -191,10 +223,18 @@ def entry_point(name: str) -> Callable[[StageContext[Any]], StageResult]:
     return found
 
 
+_NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+"""How PyTorch says so on a CPU; a GPU's own words can be read as they are."""
+
+
 def reason_of(error: Exception) -> str:
     """The first line of what a user should read of a failure."""
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
+    if (asked := _NO_MEMORY.search(first)) is not None:
+        return f"out of memory: {int(asked[1]) / 1e9:.3g} GB more could not be had"
+    if isinstance(error, MemoryError):
+        return f"out of memory{first and ': ' + first}"
     return first if isinstance(error, StageError) else f"{type(error).__name__}: {first}"
 
 
@@ -251,6 +291,41 @@ def collect(
         dropped_layers=_dropped(plan, store),
     )
     return Collected(record, _curves(plan, store), _items(plan, store))
+
+
+def stopped_trial(
+    plan: TrialPlan,
+    reason: str,
+    store: Store,
+    stages: Sequence[StageRecord],
+    sweep: str,
+    profile: str,
+) -> Collected:
+    """What a trial measured that was stopped on its way: its curve so far, and as metrics what was
+    measured before its distillation and, as `lm_loss.stopped`, the last held-out loss. Its last
+    checkpoint stays, so that it can go on."""
+    found = {step: store.manifest(node.stage_id) for step, node in plan.steps.items()}
+    before = {step: found[step] for step in ("before",) if found.get(step) is not None}
+    metrics = _metrics({step: manifest for step, manifest in before.items() if manifest})
+    rows = read_rows(store.working_folder(plan.steps["distill"].stage_id) / "curve.jsonl")
+    curves = tuple(CurvePoint(trial_id=plan.trial.trial_id, **row) for row in rows)
+    heldout = [point for point in curves if point.name == "heldout_loss"]
+    if heldout:
+        metrics["lm_loss.stopped"] = heldout[-1].value
+    now = time.time()
+    record = _trial_record(
+        plan,
+        sweep,
+        profile,
+        "stopped",
+        reason,
+        stages,
+        started_at=min((m.started_at for m in found.values() if m), default=now),
+        ended_at=now,
+        metrics=metrics,
+        tokens_trained=max((point.tokens for point in curves), default=0),
+    )
+    return Collected(record, curves, ())
 
 
 def failed_trial(
@@ -318,12 +393,12 @@ def _metrics(manifests: Mapping[str, Manifest]) -> dict[str, float]:
 def _curves(plan: TrialPlan, store: Store) -> tuple[CurvePoint, ...]:
     if "distill" not in plan.steps:
         return ()
-    rows = read_rows(store.path(plan.steps["distill"].stage_id) / "curve.jsonl")
+    rows = read_rows(store.file(plan.steps["distill"].stage_id, "curve.jsonl"))
     return tuple(CurvePoint(trial_id=plan.trial.trial_id, **row) for row in rows)
 
 
 def _items(plan: TrialPlan, store: Store) -> tuple[ItemRecord, ...]:
-    rows = read_rows(store.path(plan.steps["after"].stage_id) / "items.jsonl")
+    rows = read_rows(store.file(plan.steps["after"].stage_id, "items.jsonl"))
     return tuple(ItemRecord(trial_id=plan.trial.trial_id, **row) for row in rows)
 
 
@@ -333,7 +408,7 @@ def _dropped(plan: TrialPlan, store: Store) -> tuple[int, ...] | None:
     cuts = [node for node in plan.steps.values() if node.kind == "prune"]
     if not cuts or any(node.config["initialise"] == "random" for node in cuts):
         return None
-    dropped = [read_dropped(store.path(node.stage_id)) for node in cuts]
+    dropped = [read_dropped(store.file(node.stage_id, "dropped_layers.json")) for node in cuts]
     count = plan.shape.num_hidden_layers + sum(map(len, dropped))
     left = list(range(count))
     for layers in dropped:
@@ -341,14 +416,14 @@ def _dropped(plan: TrialPlan, store: Store) -> tuple[int, ...] | None:
     return tuple(layer for layer in range(count) if layer not in left)
 
 
-def read_dropped(artifact: Path) -> tuple[int, ...]:
+def read_dropped(file: Path) -> tuple[int, ...]:
     """The layers that a prune stage left out, in the numbering of the model that it cut."""
-    return tuple(json.loads((artifact / "dropped_layers.json").read_text()))
+    return tuple(json.loads(file.read_text()))
 
 
 def block_scores(stage_id: str, store: Store) -> tuple[BlockScore, ...]:
     """The scores that an importance stage left."""
-    rows = read_rows(store.path(stage_id) / "scores.jsonl")
+    rows = read_rows(store.file(stage_id, "scores.jsonl"))
     return tuple(BlockScore(stage_id=stage_id, **row) for row in rows)
 
 
@@ -367,4 +442,5 @@ __all__ = [
     "run_stage",
     "run_stages",
     "stage_record",
+    "stopped_trial",
 ]

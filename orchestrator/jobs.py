@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +14,12 @@ from orchestrator.stages import STAGES
 from orchestrator.steps import StageNode
 from orchestrator.store import Store
 
-Outcome = Literal["completed", "failed", "interrupted"]
+Outcome = Literal["completed", "stopped", "failed", "lost", "interrupted"]
+"""How an attempt at a job ends: `stopped` early as not worth more, `failed` by itself, or `lost`
+with the machine that it ran on."""
+
+ATTEMPTS = 3
+"""How often a job that is lost is tried in all; one that fails by itself is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +65,43 @@ def make_jobs(plan: SweepPlan, finished: set[str], store: Store, cpus: Resources
 
 @dataclass
 class JobQueue:
-    """What waits, what runs and what has ended. When nothing is left, `more` is asked for jobs that
-    what has ended makes possible (the next rung of a race)."""
+    """What waits, what runs and what has ended. When nothing waits, `more` is asked for jobs that
+    what has ended makes possible, and told whether nothing runs either (the next rung of a race
+    needs that, a search does not)."""
 
     waiting: list[Job]
-    more: Callable[[], Sequence[Job]] = tuple
+    more: Callable[[bool], Sequence[Job]] = lambda idle: ()
     running: dict[str, Job] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
+    attempts: Counter[str] = field(default_factory=Counter)
     stopping: bool = False
 
-    def take(self) -> Job | None:
-        """The next job whose needs are met, if any."""
+    def take(self, cpus: int | None = None) -> Job | None:
+        """The next job whose needs are met, if any; only if it takes so many `cpus`, where that is
+        said."""
         if self.stopping:
             return None
-        if not self.waiting and not self.running:
-            self.waiting += self.more()
-        job = next((job for job in self.waiting if job.needs <= self.done), None)
-        if job is not None:
+        if not self.waiting and cpus is None:
+            self.waiting += self.more(not self.running)
+        # What failed already is no reason to wait: a job that comes later fails by itself.
+        over = self.done | set(self.failed)
+        job = next((job for job in self.waiting if job.needs <= over), None)
+        if job is not None and cpus in (None, job.cpus):
             self.waiting.remove(job)
             self.running[job.job_id] = job
-        return job
+            self.attempts[job.job_id] += 1
+            return job
+        return None
+
+    def put_back(self, job_id: str) -> None:
+        """A job that was handed out and not begun waits again."""
+        self.waiting.insert(0, self.running.pop(job_id))
+        self.attempts[job_id] -= 1
+
+    def tried_enough(self, job_id: str) -> bool:
+        """Whether a job that is lost now has failed for good."""
+        return self.attempts[job_id] >= ATTEMPTS
 
     @property
     def exhausted(self) -> bool:
@@ -88,7 +111,9 @@ class JobQueue:
     def finish(self, job_id: str, outcome: Outcome, reason: str | None) -> list[tuple[Job, str]]:
         """Note the end of a running job; gives the jobs that can now never run, and why."""
         job = self.running.pop(job_id)
-        if outcome == "completed":
+        if outcome == "lost":
+            self.waiting.insert(0, job)
+        if outcome in ("completed", "stopped"):
             self.done.add(job_id)
         if outcome != "failed":
             return []
@@ -108,3 +133,34 @@ class JobQueue:
             doomed.append((job, reason))
             doomed += self._doom(job)
         return doomed
+
+
+TOGETHER_S = 2.0
+"""Jobs that a worker is given at once should take it about so long, where they are so short."""
+AT_MOST = 32
+
+
+class Pace:
+    """How long jobs took lately, and so how many short ones a worker is given at once."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun: dict[str, float] = {}
+        self._seconds: deque[float] = deque(maxlen=20)
+
+    def begin(self, job_id: str) -> None:
+        """A worker has come to the job."""
+        self._begun[job_id] = self._clock()
+
+    def end(self, job_id: str) -> None:
+        """The job has ended."""
+        if (begun := self._begun.pop(job_id, None)) is not None:
+            self._seconds.append(self._clock() - begun)
+
+    def together(self, waiting: int) -> int:
+        """How many of the jobs to hand out now; so many more wait. One, until some have ended, and
+        never so many that others have nothing to do."""
+        if len(self._seconds) < self._seconds.maxlen // 2:  # type: ignore[operator]
+            return 1
+        mean = max(sum(self._seconds) / len(self._seconds), 1e-3)
+        return max(1, min(int(TOGETHER_S / mean), AT_MOST, waiting // 8))

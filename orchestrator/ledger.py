@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,7 +39,8 @@ _AFTER_TORN = {"event": "torn"}
 
 class Ledger:
     """The events of one sweep, one JSON object a line, each flushed to disk before `append`
-    returns. Nothing is ever rewritten, so a kill can cost at most the line being written.
+    returns. Nothing is ever rewritten, so a kill can cost at most the line being written. Each line
+    has a checksum: one that a disk changed is left out with a warning, and its trial runs again.
 
     Reading is incremental: lines that another process appended are seen too. Safe to share
     between threads. The file appears with the first event.
@@ -87,7 +90,7 @@ class Ledger:
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Add one event in one write and wait until the disk has it."""
-        line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = _with_checksum(event) + b"\n"
         with self._lock:
             new = not self.path.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,11 +107,17 @@ class Ledger:
 
     # Reading.
 
-    def finished_trials(self) -> set[str]:
-        """Ids of the trials that need not run again: completed, or stopped by the scheduler."""
+    def trials(self) -> dict[str, TrialRecord]:
+        """Every trial that ended, by id."""
         with self._lock:
             self._refresh()
-            return {id_ for id_, (trial, _, _) in self._trials.items() if trial.status != "failed"}
+            return {id_: trial for id_, (trial, _, _) in self._trials.items()}
+
+    def finished_trials(self, stopped: bool = True) -> set[str]:
+        """Ids of the trials that need not run again: completed or, unless a sweep does not stop
+        any, stopped by the scheduler."""
+        over = ("completed", "stopped") if stopped else ("completed",)
+        return {id_ for id_, trial in self.trials().items() if trial.status in over}
 
     def scored_stages(self) -> set[str]:
         """Ids of the importance stages whose block scores are known."""
@@ -172,7 +181,7 @@ class Ledger:
         if not line:
             return True
         try:
-            event = json.loads(line)
+            event = _checked(line)
             kind = event["event"]
             if kind == "trial":
                 self._take_trial(event)
@@ -196,9 +205,13 @@ class Ledger:
 
     def _take_stage(self, stage: StageRecord) -> None:
         key = (stage.trial_id, stage.stage_id)
-        known = self._stages.get(key)
-        if known is None or (known.cached and not stage.cached):
-            self._stages[key] = stage
+        known = self._stages.get(key, stage)
+        ended = self._trials.get(stage.trial_id)
+        if ended is None or ended[0].status == "failed":
+            # To the end: a trial names all its stages in order just before its row, whatever was
+            # said of some of them before, in this run or in one that was killed.
+            self._stages.pop(key, None)
+        self._stages[key] = stage if known.cached else known
 
     def _take_scores(self, rows: Sequence[BlockScore]) -> None:
         by_stage: dict[str, list[BlockScore]] = {}
@@ -211,6 +224,32 @@ class Ledger:
 def _in_order(ids: set[str], order: Sequence[str]) -> list[str]:
     place = {id_: position for position, id_ in enumerate(order)}
     return sorted(ids, key=lambda id_: (place.get(id_, len(place)), id_))
+
+
+_CHECKSUM = re.compile(rb',"crc32":(\d+)\}$')
+
+
+def _with_checksum(event: Mapping[str, Any]) -> bytes:
+    line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode()
+    return line[:-1] + b',"crc32":%d}' % zlib.crc32(line)
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """The event that a line holds. Raises `ValueError` where it is not what was written; a line
+    from before there were checksums has no more keys than its event."""
+    event: dict[str, Any] = json.loads(line)
+    found = _CHECKSUM.search(line)
+    if found is None:
+        if set(event) - _KEYS:
+            raise ValueError("a key that no event has")
+        return event
+    if int(found[1]) != zlib.crc32(line[: found.start()] + b"}"):
+        raise ValueError("the checksum differs")
+    del event["crc32"]
+    return event
+
+
+_KEYS = {"event", "trial", "curves", "items", "stage", "scores", "trial_id", "mlflow_run_id"}
 
 
 def _ends_in_mid_line(descriptor: int) -> bool:

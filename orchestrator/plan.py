@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from orchestrator import demand
+from orchestrator.demand import Demand, Shortage
+from orchestrator.estimate import GB, STAGES, Memory
 from orchestrator.pruning import DepthSettings, Explicit, PruneSettings
 from orchestrator.space import LeftOut, Space, Trial, origin_of, source_shape
-from orchestrator.spec import SpecError, Sweep
+from orchestrator.spec import Resources, SpecError, Sweep
 from orchestrator.steps import StageNode, Steps, VocabularyError
 from trainers.families import UnknownFamilyError
 from trainers.shapes import Shape, Sizes, problems_with
@@ -136,19 +139,30 @@ def _wrong_depth(
 
 def describe(
     plan: SweepPlan,
+    resources: Resources,
     done: Collection[str],
     stored: Collection[str],
     artifact: Callable[[str], str],
 ) -> dict[str, Any]:
     """The plan as JSON values. `done` trials and `stored` stages are marked; `artifact` gives the
-    folder of a stage id."""
-    trials = [_described(each, plan, done, stored, artifact) for each in plan.trials]
+    folder of a stage id. Without GPUs, their hours are null."""
+    asked = [demand.demands(each.trial.config, each.steps, resources) for each in plan.trials]
+    trials = [
+        _described(each, found, resources, plan, done, stored, artifact)
+        for each, found in zip(plan.trials, asked, strict=True)
+    ]
     nodes = plan.nodes()
+    once = {
+        node.stage_id: found[step]
+        for each, found in zip(plan.trials, asked, strict=True)
+        for step, node in each.steps.items()
+    }
     return {
         "trials": trials,
         "left_out": [
             {"assignment": dict(left.assignment), "reason": left.reason} for left in plan.left_out
         ],
+        "warnings": _warnings(plan, asked, resources),
         "total": {
             "trials": len(trials),
             "trials_done": sum(trial["done"] for trial in trials),
@@ -157,8 +171,58 @@ def describe(
             "tokens": sum(node.tokens for node in nodes),
             "flops": sum(node.flops for node in nodes),
             "cache_bytes": sum(node.disk_bytes for node in nodes),
+            "memory_gb": {
+                stage: max(
+                    filter(None, (trial["memory_gb"][stage] for trial in trials)), default=None
+                )
+                for stage in map(str, STAGES)
+            },
+            "gpu_hours": _hours(once.values(), resources),
         },
     }
+
+
+def _hours(found: Iterable[Demand], resources: Resources) -> float | None:
+    hours = demand.gpu_hours(sum(each.flops for each in found), resources)
+    return None if hours is None else round(hours, 4)
+
+
+def _by_zero_stage(found: Mapping[str, Demand]) -> dict[str, float | None]:
+    """GB of a GPU for what a trial trains; null where it trains nothing."""
+    needed = demand.by_zero_stage(found)
+    return {str(stage): round(needed[stage] / GB, 4) if needed else None for stage in STAGES}
+
+
+def _in_gb(memory: Memory) -> dict[str, float]:
+    parts = {name: round(value / GB, 4) for name, value in vars(memory).items()}
+    return parts | {"total": round(memory.total / GB, 4)}
+
+
+def _warnings(
+    plan: SweepPlan, asked: Sequence[Mapping[str, Demand]], resources: Resources
+) -> list[dict[str, Any]]:
+    """What does not fit a GPU; once for all trials for which the same is to be set, of which the
+    largest is told."""
+    worst: dict[tuple[str, str], Shortage] = {}
+    short: dict[tuple[str, str], list[Trial]] = {}
+    for each, found in zip(plan.trials, asked, strict=True):
+        for shortage in demand.shortages(each.trial.config, found, resources):
+            key = shortage.step, shortage.remedy
+            worst[key] = shortage.and_of(worst.get(key, shortage))
+            short.setdefault(key, []).append(each.trial)
+    return [
+        {
+            "step": shortage.step,
+            "trials": [trial.trial_id for trial in short[key]],
+            "labels": [trial.label for trial in short[key]],
+            "needs_gb": round(shortage.needed / GB, 4),
+            "has_gb": round(shortage.room / GB, 4),
+            "settings": shortage.settings,
+            "then_gb": None if shortage.then is None else round(shortage.then / GB, 4),
+            "text": shortage.text(resources.gpu_memory_gb),
+        }
+        for key, shortage in worst.items()
+    ]
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
@@ -171,12 +235,16 @@ def _sizes(shape: Shape) -> dict[str, int]:
 
 def _described(
     planned: TrialPlan,
+    found: Mapping[str, Demand],
+    resources: Resources,
     plan: SweepPlan,
     done: Collection[str],
     stored: Collection[str],
     artifact: Callable[[str], str],
 ) -> dict[str, Any]:
     trial, steps = planned.trial, planned.steps
+    fullest = max(found, key=lambda step: found[step].memory.total)
+    run = found[fullest].run
     return {
         "trial_id": trial.trial_id,
         "label": trial.label,
@@ -188,6 +256,13 @@ def _described(
         "chain": [_sizes(shape) for shape in planned.chain],
         "tokens": sum(node.tokens for node in steps.values()),
         "flops": sum(node.flops for node in steps.values()),
+        "memory_gb": _by_zero_stage(found),
+        "fullest": {
+            "step": fullest,
+            "zero_stage": run.zero_stage if run else None,
+            "memory_gb": round(found[fullest].memory.total / GB, 4),
+        },
+        "gpu_hours": _hours(found.values(), resources),
         "stages": [
             {
                 "step": step,
@@ -198,8 +273,10 @@ def _described(
                 "tokens": node.tokens,
                 "flops": node.flops,
                 "disk_bytes": node.disk_bytes,
+                "memory_gb": _in_gb(found[step].memory),
+                "gpu_hours": _hours([found[step]], resources),
                 "config": node.config,
-                "inputs": {role: artifact(found) for role, found in node.inputs.items()},
+                "inputs": {role: artifact(stage_id) for role, stage_id in node.inputs.items()},
                 "seed": node.seed,
             }
             for step, node in steps.items()

@@ -7,21 +7,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.claims import Verdict
-from orchestrator.selection import Estimate, Ranking, Winner
+if TYPE_CHECKING:  # statistics take a second to import, and a plan has none
+    from orchestrator.claims import Verdict
+    from orchestrator.selection import Estimate, Ranking, Winner
 
 MARKS = {
     "waiting": "[dim]waiting[/]",
     "running": "[cyan]running[/]",
     "completed": "[green]completed[/]",
     "failed": "[red]failed[/]",
+    "stopped": "[green]stopped[/]",
+    "lost": "[yellow]lost, tried again[/]",
     "interrupted": "[yellow]interrupted[/]",
 }
 VERDICTS = {
@@ -121,9 +124,9 @@ class Board:
 
     def _visible(self) -> Sequence[Row]:
         room = max(6, self._console.size.height - 6)
-        rank = {"running": 0, "failed": 1, "waiting": 2, "interrupted": 2, "completed": 3}
+        rank = {"running": 0, "failed": 1, "waiting": 2, "lost": 2, "interrupted": 2}
         rows = list(self._rows.values())
-        kept = sorted(range(len(rows)), key=lambda i: (rank[rows[i].state], i))[:room]
+        kept = sorted(range(len(rows)), key=lambda i: (rank.get(rows[i].state, 3), i))[:room]
         return [rows[i] for i in sorted(kept)]
 
     def _summary(self, now: float) -> str:
@@ -150,8 +153,8 @@ def _cells(row: Row, now: float) -> list[str]:
     left = row.seconds_left(now)
     running = row.state == "running"
     return [
-        row.title,
-        MARKS[row.state] + (f" [red]{row.reason[:60]}[/]" if row.reason else ""),
+        escape(row.title),
+        MARKS[row.state] + (f" [red]{escape(row.reason[:60])}[/]" if row.reason else ""),
         row.stage if running else "",
         f"{row.done}/{row.total}" if running and row.total else "",
         f"{row.values['loss']:.3f}" if "loss" in row.values else "",
@@ -179,50 +182,99 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def plan_table(described: Mapping[str, Any]) -> list[Table]:
-    """The plan (as `orchestrate plan --json` prints it) as two tables: trials, then stages."""
-    trials = Table(title="trials", title_justify="left")
-    for name in ("trial", "settings", "parameters", "shape", "tokens", "FLOPs", "stages", "done"):
-        trials.add_column(name, overflow="fold", no_wrap=name in ("parameters", "shape", "tokens"))
+WIDE_ENOUGH_FOR_STAGES = 110
+"""Columns of a terminal that also shows which stages a trial has, and which needs most."""
+
+
+def plan_table(described: Mapping[str, Any], width: int = 120) -> list[Table]:
+    """The plan (as `orchestrate plan --json` prints it) as tables for a terminal of so many
+    columns: trials; stages that several of them share; and where there are GPUs, what each trial
+    takes of them."""
+    tables = [_trials_table(described, width >= WIDE_ENOUGH_FOR_STAGES), _shared_table(described)]
+    if described["total"]["gpu_hours"] is not None:
+        tables.append(_gpu_table(described, width >= WIDE_ENOUGH_FOR_STAGES))
+    return tables
+
+
+def _trials_table(described: Mapping[str, Any], with_stages: bool) -> Table:
+    table = Table(title="trials", title_justify="left")
+    table.add_column("trial", overflow="fold", min_width=16)
+    table.add_column("parameters and shape", overflow="fold", min_width=16)
+    for name in ("tokens", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if with_stages:
+        table.add_column("stages", overflow="fold")
+    table.add_column("done", no_wrap=True)
     for trial in described["trials"]:
-        kinds = [stage["kind"] for stage in trial["stages"]]
-        trials.add_row(
-            trial["trial_id"],
-            trial["label"],
-            "\n".join(f"{each['parameters']:,}" for each in [*trial["chain"], trial]),
-            _shape(trial),
-            f"{trial['tokens']:,}",
+        counted = " ".join(_counted([stage["kind"] for stage in trial["stages"]]))
+        table.add_row(
+            f"[dim]{trial['trial_id']}[/]\n{escape(trial['label'])}",
+            "\n".join(map(_shape, [*trial["chain"], trial])),
+            short_count(trial["tokens"]),
             f"{trial['flops']:.2g}",
-            " ".join(_counted(kinds)),
+            *([counted] if with_stages else []),
             "yes" if trial["done"] else "",
         )
-    stages = Table(title="stages that several trials share", title_justify="left")
-    for name in ("stage", "asked for by", "tokens", "FLOPs", "stored"):
-        stages.add_column(name)
+    return table
+
+
+def _shared_table(described: Mapping[str, Any]) -> Table:
+    table = Table(title="stages that several trials share", title_justify="left")
+    table.add_column("stage", overflow="fold")
+    for name in ("asked for by", "tokens", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("stored", no_wrap=True)
     seen = {stage["stage_id"]: stage for t in described["trials"] for stage in t["stages"]}
     for stage in seen.values():
-        if stage["trials"] < 2:
-            continue
-        cells = [
-            stage["stage_id"],
-            f"{stage['trials']} trials",
-            f"{stage['tokens']:,}",
-            f"{stage['flops']:.2g}",
-        ]
-        stages.add_row(*cells, "yes" if stage["stored"] else "")
-    return [trials, stages]
+        if stage["trials"] > 1:
+            table.add_row(
+                stage["stage_id"],
+                f"{stage['trials']} trials",
+                short_count(stage["tokens"]),
+                f"{stage['flops']:.2g}",
+                "yes" if stage["stored"] else "",
+            )
+    return table
 
 
-def _shape(trial: Mapping[str, Any]) -> str:
-    """`16 x 3072, MLP 9216, heads 32/8`, after the shapes that a chain passes."""
-    return "\n".join(map(_one_shape, [*trial["chain"], trial]))
+def _gpu_table(described: Mapping[str, Any], with_stages: bool) -> Table:
+    """GB of a GPU that training takes under each ZeRO stage, and what the fullest stage takes with
+    the settings as they are; GPU-hours."""
+    short = {trial for warning in described["warnings"] for trial in warning["trials"]}
+    title = "GB of each GPU: training under ZeRO 0 to 3, and the fullest stage as set"
+    table = Table(title=title, title_justify="left")
+    table.add_column("trial", overflow="fold", min_width=16)
+    for name in ("0", "1", "2", "3", "as set"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if with_stages:
+        table.add_column("fullest")
+    table.add_column("GPU-hours", justify="right", no_wrap=True)
+    for trial in described["trials"]:
+        as_set = f"{trial['fullest']['memory_gb']:.1f}"
+        table.add_row(
+            escape(trial["label"]),
+            *("-" if each is None else f"{each:.1f}" for each in trial["memory_gb"].values()),
+            f"[red]{as_set} !![/]" if trial["trial_id"] in short else as_set,
+            *([trial["fullest"]["step"]] if with_stages else []),
+            f"{trial['gpu_hours']:,.1f}",
+        )
+    return table
 
 
-def _one_shape(trial: Mapping[str, Any]) -> str:
-    heads, groups = trial["num_attention_heads"], trial["num_key_value_heads"]
+def short_count(number: float) -> str:
+    """`4512746496` -> `4.51B`, `404736` -> `405k`: three digits and a unit."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:g}"
+
+
+def _shape(model: Mapping[str, Any]) -> str:
+    """`4.51B: 16 x 3072, MLP 9216, heads 32/8`."""
+    heads, groups = model["num_attention_heads"], model["num_key_value_heads"]
     return (
-        f"{trial['num_hidden_layers']} x {trial['hidden_size']}, "
-        f"MLP {trial['intermediate_size']}, heads {heads}/{groups}"
+        f"{short_count(model['parameters'])}: {model['num_hidden_layers']} x "
+        f"{model['hidden_size']}, MLP {model['intermediate_size']}, heads {heads}/{groups}"
     )
 
 

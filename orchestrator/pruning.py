@@ -41,6 +41,15 @@ Size = Annotated[int | float | None, BeforeValidator(_check_size)]
 """A whole number is a size, a number with a point a fraction of the source's (1.0: all of it)."""
 
 
+def is_size(value: Any) -> bool:
+    """Whether a `Size` may have this value."""
+    try:
+        _check_size(value)
+    except PydanticCustomError:
+        return False
+    return True
+
+
 # --- depth -----------------------------------------------------------------------------------
 
 

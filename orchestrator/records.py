@@ -50,6 +50,8 @@ class TrialRecord:
     mlflow_run_id: str | None = None
     dropped_layers: tuple[int, ...] | None = None
     """The teacher's layers that the student lacks, counted from 0; None where none were chosen."""
+    in_sweep: bool = True
+    """Whether the sweep file still asks for it: a row of a larger form of the sweep stays."""
 
     def __post_init__(self) -> None:
         if self.status == "failed" and self.metrics:
@@ -124,6 +126,20 @@ class Records:
     curves: tuple[CurvePoint, ...] = ()
     items: tuple[ItemRecord, ...] = ()
     scores: tuple[BlockScore, ...] = field(default=())
+
+    @property
+    def asked(self) -> Records:
+        """Without the trials that the sweep does not ask for any more."""
+        outside = {trial.trial_id for trial in self.trials if not trial.in_sweep}
+        if not outside:
+            return self
+        return replace(
+            self,
+            trials=tuple(each for each in self.trials if each.in_sweep),
+            stages=tuple(each for each in self.stages if each.trial_id not in outside),
+            curves=tuple(each for each in self.curves if each.trial_id not in outside),
+            items=tuple(each for each in self.items if each.trial_id not in outside),
+        )
 
 
 # --- canonical form --------------------------------------------------------------------------
@@ -216,6 +232,7 @@ _IDENTITY = {
 _COUNTS = {
     **dict.fromkeys(("parameters", "parameters_non_embedding", "tokens_trained"), pa.int64()),
     "dropped_layers": pa.list_(pa.int64()),
+    "in_sweep": pa.bool_(),
 }
 _COSTS = {
     **dict.fromkeys(("cpu_s", "gpu_s", "wall_s"), pa.float64()),
@@ -265,7 +282,8 @@ def write_parquet(records: Records, folder: Path) -> None:
 def read_parquet(folder: Path) -> Records:
     """The records that `write_parquet` left in a results folder, one's own or published.
 
-    Raises FileNotFoundError where there are none and ValueError where a newer version wrote them.
+    Raises FileNotFoundError where there are none and ValueError where a newer version wrote them
+    or a file is damaged.
     """
     if not (folder / "trials.parquet").is_file():
         raise FileNotFoundError(f"{folder} has no trials.parquet: no sweep has recorded into it")
@@ -376,6 +394,7 @@ def _unflat(row: Mapping[str, Any]) -> TrialRecord:
             if value is not None
         }
 
+    row = {"in_sweep": True, **row}  # a file from before there was such a column
     plain = {name: row[name] for name in {**_IDENTITY, **_COUNTS, **_COSTS}}
     plain["config"] = json.loads(row["config"])
     plain["started_at"], plain["ended_at"] = row["started_at"] / 1000, row["ended_at"] / 1000
@@ -383,7 +402,10 @@ def _unflat(row: Mapping[str, Any]) -> TrialRecord:
 
 
 def _read_table(path: Path) -> pa.Table:
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     version = int((table.schema.metadata or {}).get(b"orchestrate.schema_version", b"0"))
     if not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(f"{path} has schema version {version}; known are 1 to {SCHEMA_VERSION}")
@@ -393,7 +415,7 @@ def _read_table(path: Path) -> pa.Table:
 def _replace_file(table: pa.Table, path: Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("wb") as stream:
-        pq.write_table(table, stream, compression="zstd")
+        pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)

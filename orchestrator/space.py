@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.axes import TEACHER, Grid, key_of, parse_axes, shown
 from orchestrator.located import Node, Part, merge, nest, undotted
-from orchestrator.pruning import WIDTHS, PruneSettings
+from orchestrator.pruning import WIDTHS, PruneSettings, is_size
 from orchestrator.spec import SpecError, Sweep, TrialConfig, build_trial
 from orchestrator.wording import Problem, choices, shortest_names
 from trainers.config import hash_of, identity
@@ -59,7 +59,10 @@ class Space:
 
 
 def enumerate_trials(sweep: Sweep) -> Space:
-    """Every trial of a sweep. Raises `SpecError` with all that is wrong with any of them."""
+    """Every trial of a sweep; of a search those that do not depend on what is proposed. Raises
+    `SpecError` with all that is wrong with any of them."""
+    if sweep.search.method != "grid":
+        return searched(sweep, pool_of(sweep), ())
     grid = parse_axes(sweep)
     trials: dict[str, Trial] = {}
     left_out: list[LeftOut] = []
@@ -79,6 +82,65 @@ def enumerate_trials(sweep: Sweep) -> Space:
     if errors:
         raise SpecError(*(message + note for message, note in errors.items()))
     return Space(tuple(trials.values()), tuple(left_out))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The configurations that a search chooses from: the grid less what exclusions and constraints
+    take away, by `key_of` the values of their axes."""
+
+    requests: Mapping[str, tuple[_Request, ...]]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def configurations(self) -> dict[str, dict[str, Any]]:
+        """Names of axes -> values; those that do not apply are left out."""
+        return {key: _given(requests[0]) for key, requests in self.requests.items()}
+
+    def samples(self) -> list[str]:
+        """A few configurations that have every value of every axis among them: making all of them
+        would take long."""
+        seen: set[tuple[str, str]] = set()
+        found = []
+        for key, given in self.configurations.items():
+            values = {(name, key_of(value)) for name, value in given.items()}
+            if not values <= seen:
+                seen |= values
+                found.append(key)
+        return found
+
+
+def pool_of(sweep: Sweep) -> Pool:
+    """Every configuration of a sweep's grid. Raises `SpecError` where a value that an axis lists
+    makes no trial."""
+    grid, left_out = parse_axes(sweep), list[LeftOut]()
+    requests: dict[str, tuple[_Request, ...]] = {}
+    for request in _constrained(sweep, _grid_requests(sweep, grid, left_out), left_out):
+        key = key_of(_given(request))
+        requests[key] = (*requests.get(key, ()), request)
+    pool = Pool(requests, tuple(left_out))
+    searched(sweep, pool, pool.samples())
+    return pool
+
+
+def searched(sweep: Sweep, pool: Pool, keys: Iterable[str]) -> Space:
+    """The space of a search so far: the teacher, the configurations of these keys with every seed,
+    the baselines. Raises `SpecError`."""
+    chosen = [request for key in keys for request in pool.requests.get(key, ())]
+    ends = list(_ends(sweep))
+    first = [request for request in ends if request.baseline == TEACHER]
+    trials: dict[str, Trial] = {}
+    errors: dict[str, None] = {}
+    for request in (*first, *chosen, *ends[len(first) :]):
+        made = _make(sweep, request)
+        if isinstance(made, Trial):
+            trials.setdefault(made.trial_id, made)
+            continue
+        tree = _tree(sweep, request)
+        errors |= dict.fromkeys(problem.message(tree) + request.note for problem in made)
+    if errors:
+        raise SpecError(*errors)
+    return Space(tuple(trials.values()), pool.left_out)
 
 
 def make_trial(
@@ -210,14 +272,21 @@ def _baseline(sweep: Sweep, name: str) -> Node:
 def _requests(sweep: Sweep, grid: Grid, left_out: list[LeftOut]) -> Iterator[_Request]:
     """What to make trials of, in order; adds what is taken away to `left_out`."""
     race = sweep.scheduler.method == "race"
-    for seed in sweep.seeds if _teacher_has_seeds(sweep) else sweep.seeds[:1]:
-        yield _Request(baseline=TEACHER, seed=seed)
+    ends = list(_ends(sweep))
+    yield from (request for request in ends if request.baseline == TEACHER)
     for request in _constrained(sweep, _grid_requests(sweep, grid, left_out), left_out):
         yield replace(request, rung=0) if race else request
+    yield from (request for request in ends if request.baseline != TEACHER)
+
+
+def _ends(sweep: Sweep) -> Iterator[_Request]:
+    """What stands before and after the grid: the teacher, then the baselines."""
+    for seed in sweep.seeds if _teacher_has_seeds(sweep) else sweep.seeds[:1]:
+        yield _Request(baseline=TEACHER, seed=seed)
     for name in sweep.baselines:
         for seed in sweep.seeds:
             # A baseline is compared with those that ran the whole race.
-            last = len(sweep.scheduler.rungs) - 1 if race else None
+            last = len(sweep.scheduler.rungs) - 1 if sweep.scheduler.method == "race" else None
             yield _Request(baseline=name, seed=seed, rung=last)
 
 
@@ -329,8 +398,8 @@ class _Shapes:
         sizes = {n: v.plain() for n, v in request.values.items() if n in SHAPE_AXES}
         rest = {n: v.told() for n, v in request.values.items() if n not in SHAPE_AXES}
         key = key_of(rest)
-        if key not in self._typed:
-            self._typed[key] = self._type(request)
+        if key not in self._typed or not all(map(is_size, sizes.values())):
+            self._typed[key] = self._type(request)  # tells what is wrong with what is no size
         prune, source = self._typed[key]
         if prune is None:
             return source, source

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,9 +32,9 @@ from orchestrator.located import (
     read_value,
     undotted,
 )
-from orchestrator.scheduling import Scheduler
+from orchestrator.scheduling import SIZES, Scheduler, Search
 from orchestrator.settings import TrialConfig, build_trial, known_harness_tasks
-from orchestrator.winners import NoWinnerError, find_winners
+from orchestrator.winners import NAME, NoWinnerError, find_winners
 from orchestrator.wording import Problem, choices, hint, nearest_first, validate
 from trainers.config import Frozen
 
@@ -50,7 +50,10 @@ __all__ = [
     "load",
 ]
 
-NAME = r"[A-Za-z0-9_-]+"
+RESERVED = ("artifacts", "mlartifacts", "published")
+"""Folders beside those of the sweeps."""
+STORAGE = ("file", "s3", "gs")
+"""Schemes of URIs where artifacts can be."""
 VARYING = ("trial", "axes", "linked", "exclude", "baselines")
 """What trials are made of; typed only once a trial is made."""
 
@@ -75,12 +78,34 @@ class Resources(Frozen):
     workers: int = Field(default=1, gt=0)
     """Processes that train one trial together; `cpus_per_trial` is for each of them."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
+    gpu_memory_gb: float = Field(default=80.0, gt=0)
+    """Memory of a GPU, for `plan`, which also reckons GPU-hours: FLOPs / (peak * utilisation)."""
+    peak_tflops: float = Field(default=989.0, gt=0)
+    """What a GPU computes at most: an H100 SXM in dense bf16 (its data sheet: 1,979 sparse)."""
+    utilisation: float = Field(default=0.4, gt=0, le=1)
+    """The share of that peak that is reached: an assumption until it is measured."""
 
 
 def _check_name(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(NAME, value):
         text = "'{value}' is not a name: use letters, digits, '_' and '-' only"
         raise PydanticCustomError("name", text, {"value": value})
+    if value in RESERVED:
+        text = "'{value}' is the name of a folder among the results; choose another"
+        raise PydanticCustomError("reserved", text, {"value": value})
+    return value
+
+
+def _check_location(value: Any) -> Any:
+    if not isinstance(value, str) or not value:
+        return value
+    scheme, found, rest = value.partition("://")
+    if found and (scheme not in STORAGE or not rest.strip("/")):
+        text = "'{value}' is no place for artifacts: name a folder, s3://bucket/… or gs://bucket/…"
+        raise PydanticCustomError("location", text, {"value": value})
+    if found and "@" in rest.partition("?")[0]:
+        text = "must hold no credentials: give them in the environment (AWS_ACCESS_KEY_ID, …)"
+        raise PydanticCustomError("location", text)
     return value
 
 
@@ -91,6 +116,7 @@ def _check_seeds(value: Any) -> Any:
 
 
 Name = Annotated[str, BeforeValidator(_check_name)]
+Location = Annotated[str, BeforeValidator(_check_location)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_check_seeds)]
 
 
@@ -108,10 +134,14 @@ class SweepFile(Frozen):
     baselines: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     seeds: Seeds = (0,)
     constraints: Constraints = Constraints()
+    search: Search = Search()
     scheduler: Scheduler = Scheduler()
     select: Select = Select()
     claims: tuple[Claim, ...] = ()
     resources: Resources = Resources()
+    artifacts: Location | None = None
+    """Folder or URI of artifacts that several machines share; by default below the results. Where
+    they are says nothing of what they are: it enters neither identities nor records."""
 
 
 class Sweep(SweepFile):
@@ -126,6 +156,11 @@ class Sweep(SweepFile):
     def base(self) -> Node:
         """The settings all trials share, with their places."""
         return self.tree.child("trial") or Node({}, self.tree.origin)
+
+    @property
+    def grows(self) -> bool:
+        """Whether trials are added while the sweep runs."""
+        return self.search.method != "grid" or self.scheduler.method == "race"
 
     @property
     def finalists(self) -> dict[str, Any] | None:
@@ -148,6 +183,7 @@ class Sweep(SweepFile):
             **{key: tree.mapping[key].plain() for key in VARYING if key in tree.mapping},
             "seeds": list(self.seeds),
             "constraints": self.constraints.model_dump(exclude_none=True),
+            "search": self.search.model_dump(exclude_none=True),
             "scheduler": self.scheduler.model_dump(exclude_none=True),
             "select": self.select.model_dump(exclude_none=True),
             **({"claims": tree.mapping["claims"].plain()} if self.claims else {}),
@@ -168,6 +204,7 @@ class ProfileFile(Frozen):
     """Settings that a sweep of this name needs at this scale, laid over `trial`."""
     seeds: Seeds | None = None
     resources: Resources = Resources()
+    artifacts: Location | None = None
 
 
 def load(
@@ -207,7 +244,8 @@ def load(
     if messages or valid is None:
         raise SpecError(*messages)
     raw = {key: node.plain() for key, node in tree.mapping.items() if key in VARYING}
-    return Sweep(**{**dict(valid), **raw, "profile": name, "tree": tree})
+    place = _artifacts(tree)
+    return Sweep(**{**dict(valid), **raw, "profile": name, "tree": tree, "artifacts": place})
 
 
 def _document(tree: Node) -> Node:
@@ -284,7 +322,7 @@ def _over_profile(sweep: Node, profile: Node) -> Node:
     own = profile.at(("for_sweep", str(name.value))) if name else None
     base = merge(base, undotted(own)) if own and own.mapping else base
     tree = sweep.with_entry("trial", merge(base, undotted(trial)))
-    for key in ("seeds", "resources"):
+    for key in ("seeds", "resources", "artifacts"):
         scale = profile.child(key)
         if scale is not None:
             own = sweep.child(key)
@@ -298,6 +336,17 @@ def _with_seeds(tree: Node) -> Node:
     if seed is None or tree.child("seeds") is not None:
         return tree
     return tree.with_entry("seeds", Node((seed,), seed.origin))
+
+
+def _artifacts(tree: Node) -> str | None:
+    """Where the artifacts are; a relative folder starts at the file that names it."""
+    node = tree.child("artifacts")
+    if node is None or node.value is None:
+        return None
+    place = str(node.value)
+    if "://" in place:
+        return place
+    return os.path.normpath(node.origin.folder / os.path.expanduser(place))  # noqa: PTH111
 
 
 # --- --set -----------------------------------------------------------------------------------
@@ -401,6 +450,7 @@ def _metric_problems(tree: Node, config: TrialConfig) -> list[str]:
         _metric_problem(("select", "metric"), node.value if node else Select().metric, config)
     ]
     claims = tree.child("claims")
+    problems += _searched_for(tree, config)
     for index, claim in enumerate(claims.sequence if claims else ()):
         for keys in METRICS:
             if (node := claim.at(keys)) is not None:
@@ -425,3 +475,27 @@ def _metric_problem(parts: tuple[Part, ...], metric: Any, config: TrialConfig) -
     elif metric.startswith("accuracy.") and not config.evaluate.tasks:
         why = "is not measured: evaluate.tasks is empty"
     return Problem(parts, f"'{metric}' {why}{choices(metric, sorted(measured))}")
+
+
+def _searched_for(tree: Node, config: TrialConfig) -> Iterator[Problem]:
+    """Objectives of a search that nothing measures, and early stopping without measurements."""
+    objectives = tree.at(("search", "objectives"))
+    for index in range(len(objectives.sequence) if objectives else 0):
+        parts = ("search", "objectives", index, "metric")
+        node = tree.at(parts)
+        if node is None or node.value in SIZES:
+            continue
+        problem = _metric_problem(("select", "metric"), node.value, config)
+        if problem is not None:
+            yield Problem(parts, problem.text + f"; or {', '.join(SIZES)}")
+    method = tree.at(("scheduler", "method"))
+    stops = method is not None and method.value in ("asha", "median")
+    if stops and (config.distill is None or config.distill.heldout_every is None):
+        text = (
+            f"{method.value if method else ''} goes by what trials measure on their way: set "
+            "trial.distill.heldout_every, in optimizer steps"
+        )
+        yield Problem(("scheduler", "method"), text)
+    search = tree.at(("search", "method"))
+    if search is not None and search.value != "grid" and method and method.value == "race":
+        yield Problem(("search", "method"), "a race runs the whole grid; use asha or median")

@@ -2,28 +2,34 @@
 
 A stage writes into a working folder that outlives a kill, so that it can go on; the manifest is
 written last and the folder is then moved to its final name in one step. Whoever works on a stage
-holds its lease.
+holds its lease. The manifest has a checksum of every file and of itself: what was damaged since is
+noticed before anything is made from it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import socket
-import threading
-import time
+import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+from orchestrator.faults import is_infrastructure
+from orchestrator.leases import Lease, Pace, generation_path, generations
 
 MANIFEST = "artifact.json"
-HEARTBEAT_S = 5.0
-EXPIRES_S = 60.0
+LEFTOVERS = "*.part"
+"""What is written beside a file before it takes the file's name; a kill can leave it."""
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+_read_before: dict[str, tuple[int, ...]] = {}
+"""Files whose checksum this process has compared, as they were then."""
 
 
 @dataclass(frozen=True)
@@ -47,151 +53,254 @@ class Manifest:
     ended_at: float
     files: Mapping[str, int]
     """Size in bytes of every file of the artifact, by relative name."""
+    crc32: Mapping[str, int] = field(default_factory=dict)
+    """CRC-32 of every file; empty in manifests written before there were any."""
+
+    def text(self) -> str:
+        """The manifest as it stands in its file."""
+        values = asdict(self)
+        return json.dumps(values | {"checksum": _checksum(values)}, indent=1)
+
+    @staticmethod
+    def of(text: str) -> Manifest:
+        """What a text says. Raises `ValueError` or `TypeError` where the text was damaged."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("not a manifest")
+        checksum = values.pop("checksum", None)
+        if checksum is not None and checksum != _checksum(values):
+            raise ValueError("the manifest's checksum differs")
+        return Manifest(**values)
+
+
+class DamagedArtifactError(Exception):
+    """An artifact is not there as it was written. The text says what is wrong with it."""
 
 
 class Store:
-    """The artifacts under one folder."""
+    """The artifacts under one folder, of this machine or shared by several."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, pace: Pace = Pace()) -> None:  # noqa: B008 (frozen)
+        self.root, self._pace = root, pace
+        self.folder = root
+        """What the store is opened with; `uri` says where artifacts are if not there alone."""
+        self.uri: str | None = None
+        self._held: dict[str, int] = {}
+        self._seen: dict[str, object] = {}
 
     def path(self, stage_id: str) -> Path:
         """Where the finished artifact stands."""
         return self.root / stage_id
 
     def working_folder(self, stage_id: str) -> Path:
-        """Where the stage writes until it is done; kept over a kill."""
-        return self.root / ".working" / stage_id
+        """Where the stage writes until it is done; kept over a kill. The folder is the holder's
+        own: one that is taken over from, and wakes, writes on into another than its follower."""
+        work = self._work(stage_id)
+        newest = max(generations(work), default=0)
+        return generation_path(work, self._held.get(stage_id, newest))
 
     def manifest(self, stage_id: str) -> Manifest | None:
-        """The manifest of a finished, undamaged artifact; None otherwise."""
-        folder = self.path(stage_id)
-        try:
-            manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return manifest if _sizes(folder) == dict(manifest.files) else None
+        """The manifest of a finished artifact whose files have their sizes; None where there is
+        none. Quick: it reads no file but the manifest."""
+        return self._here(stage_id)
 
-    def publish(self, manifest: Manifest) -> None:
-        """Turn the working folder into the finished artifact: manifest last, then one rename."""
-        working, final = self.working_folder(manifest.stage_id), self.path(manifest.stage_id)
-        described = asdict(manifest) | {"files": _sizes(working)}
-        _write_whole(working / MANIFEST, json.dumps(described, indent=1))
-        if final.exists():  # damaged, or it would not have been built again
-            shutil.rmtree(final)
-        working.rename(final)
+    def fetch(self, stage_id: str) -> Manifest:
+        """The manifest of an artifact that is on this machine with every byte as it was written;
+        this process reads a file for that only once. Raises `DamagedArtifactError`."""
+        self._seen[stage_id] = self._version(stage_id)
+        return self._sound(stage_id)
+
+    def found(self, stage_id: str) -> Manifest | None:
+        """The manifest of an artifact that need not be built; None where it is not there, or was
+        damaged."""
+        try:
+            return self.fetch(stage_id)
+        except DamagedArtifactError:
+            return None
+
+    def file(self, stage_id: str, name: str) -> Path:
+        """One file of a finished artifact, on this machine."""
+        return self.path(stage_id) / name
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Turn the working folder into the finished artifact: manifest last, then one rename.
+
+        Gives the manifest that is in place: another's, where another that took this stage over has
+        published it meanwhile. Both artifacts have the same id, so either serves.
+        """
+        stage_id = manifest.stage_id
+        working, final = self.working_folder(stage_id), self.path(stage_id)
+        for leftover in working.rglob(LEFTOVERS):
+            leftover.unlink()
+        described = replace(manifest, files=_sizes(working), crc32=_checksums(working))
+        _write_whole(working / MANIFEST, described.text())
+        while not renamed(working, final):
+            try:
+                described = self._sound(stage_id)
+                break
+            except DamagedArtifactError:  # or it would not have been built again
+                remove(final)
+        self._forget_work(stage_id)
+        return described
+
+    def check_access(self) -> None:
+        """Write something and remove it. Raises `OSError` where that cannot be done."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        probe = self.root / f".access-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
 
     def discard(self, stage_id: str) -> None:
-        """Forget an artifact that turned out to be damaged, so that it is built again. Whoever has
-        its files open keeps them."""
-        aside = self.path(stage_id).with_name(f".{stage_id}.damaged-{os.getpid()}")
-        with suppress(FileNotFoundError):  # another may have discarded it at the same moment
-            self.path(stage_id).rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        """Forget an artifact that turned out to be damaged, so that it is built again; but not one
+        that another has built since `fetch` last gave it. Whoever has its files open keeps them."""
+        with self.lease(stage_id):
+            version = self._version(stage_id)
+            if self._seen.get(stage_id, version) == version:
+                remove(self.path(stage_id))
 
     @contextmanager
     def lease(self, stage_id: str) -> Iterator[None]:
         """Hold the only right to work on a stage; waits while a living holder has it."""
-        with Lease(self.root / ".leases" / stage_id).waiting():
-            yield
-
-
-class LeaseHeldError(Exception):
-    """Another living process holds the lease."""
-
-
-class Lease:
-    """A file that says who works on something, kept fresh by a heartbeat.
-
-    A holder on this machine that is dead, or one whose heartbeat stopped, is taken over from.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stop = threading.Event()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Hold the lease, waiting for it as long as its holder lives."""
-        while not self._acquire():
-            time.sleep(0.2)
-        try:
-            yield
-        finally:
-            self._release()
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Hold the lease, or raise `LeaseHeldError` where a living process has it."""
-        if not self._acquire():
-            raise LeaseHeldError(self._path.read_text() if self._path.exists() else "")
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _acquire(self) -> bool:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists() and self._abandoned():
-            aside = self._path.with_name(f"{self._path.name}.{os.getpid()}.{time.time_ns()}")
+        work = self._work(stage_id)
+        file = self.root / ".leases" / stage_id
+        lease = Lease(file, self._pace, first=lambda: max(generations(work), default=0))
+        with lease.waiting():
+            self._held[stage_id] = lease.generation
             try:
-                self._path.rename(aside)  # of several that try, one succeeds
-            except FileNotFoundError:
-                return False
-            aside.unlink()
+                _take_over(work, lease)
+                yield
+            finally:
+                self._held.pop(stage_id, None)
+
+    def _work(self, stage_id: str) -> Path:
+        return self.root / ".working" / stage_id
+
+    def _here(self, stage_id: str) -> Manifest | None:
+        folder = self.path(stage_id)
         try:
-            handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as stream:
-            stream.write(json.dumps(_this_process()))
-        self._stop.clear()
-        threading.Thread(target=self._beat, daemon=True).start()
-        return True
+            manifest = Manifest.of((folder / MANIFEST).read_text())
+        except OSError as error:
+            if is_infrastructure(error):  # else all would be built again while the storage is lost
+                raise
+            return None
+        except (ValueError, TypeError):
+            return None
+        return manifest if _sizes(folder) == dict(manifest.files) else None
 
-    def _release(self) -> None:
-        self._stop.set()
-        self._path.unlink(missing_ok=True)
+    def _sound(self, stage_id: str) -> Manifest:
+        """See `fetch`."""
+        manifest = self._here(stage_id)
+        if manifest is None:
+            raise DamagedArtifactError(f"{self.path(stage_id)}: not there, or not whole")
+        damaged = first_damaged(self.path(stage_id), manifest)
+        if damaged is not None:
+            raise DamagedArtifactError(f"{damaged}: it is not what was written (CRC-32 differs)")
+        return manifest
 
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            try:
-                os.utime(self._path)
-            except FileNotFoundError:
-                return
-
-    def _abandoned(self) -> bool:
+    def _version(self, stage_id: str) -> object:
+        """Tells one artifact from another that takes its place."""
         try:
-            age = time.time() - self._path.stat().st_mtime
-            holder = json.loads(self._path.read_text())
+            stat = (self.path(stage_id) / MANIFEST).stat()
         except FileNotFoundError:
-            return False
-        except ValueError:  # killed between creating the file and writing it, or just being written
-            return age > HEARTBEAT_S
-        if holder["host"] == socket.gethostname():
-            return not _lives(holder["pid"], holder["started"])
-        return age > EXPIRES_S
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+    def _forget_work(self, stage_id: str) -> None:
+        work = self._work(stage_id)
+        for generation in generations(work):
+            shutil.rmtree(generation_path(work, generation), ignore_errors=True)
 
 
-def _this_process() -> dict[str, Any]:
-    me = psutil.Process()
-    return {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
+def _take_over(work: Path, lease: Lease) -> None:
+    """Give the holder of a lease a working folder of its own, with what the one before had done.
 
-
-def _lives(pid: int, started: float) -> bool:
+    A copy where that one may be at work still; only where it is known to be dead the folder itself.
+    """
+    mine = generation_path(work, lease.generation)
+    earlier = [each for each in generations(work) if each < lease.generation]
+    if not earlier or mine.exists():
+        return
+    before = generation_path(work, earlier[-1])
+    if not lease.follows_living:
+        before.rename(mine)
+        return
+    beside = work.with_name(f".{mine.name}-{uuid.uuid4().hex}")
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 2 and process.status() != "zombie"
-    except psutil.NoSuchProcess:
+        shutil.copytree(before, beside, symlinks=True)
+        beside.rename(mine)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if is_infrastructure(error):
+            raise
+        # Files went away while they were copied: somebody is at work there. Begin anew.
+
+
+def first_damaged(folder: Path, manifest: Manifest) -> Path | None:
+    """The first file that is not what the manifest says, byte by byte; None where all are."""
+    return next(
+        (folder / name for name, crc32 in manifest.crc32.items() if not _is(folder / name, crc32)),
+        None,
+    )
+
+
+def _is(file: Path, crc32: int) -> bool:
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
         return False
+    sign = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, crc32)
+    if _read_before.get(str(file)) == sign:
+        return True
+    if crc32_of(file) != crc32:
+        return False
+    _read_before[str(file)] = sign
+    return True
+
+
+def crc32_of(file: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / MANIFEST:
+            yield str(file.relative_to(folder)), file
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
+    return {name: file.stat().st_size for name, file in _files(folder)}
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    return {name: crc32_of(file) for name, file in _files(folder)}
+
+
+def renamed(folder: Path, final: Path) -> bool:
+    """Whether the folder could take its final name; False where that is taken."""
+    try:
+        folder.rename(final)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        return False
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Out of the way in one step, then gone."""
+    aside = folder.with_name(f".{folder.name}.damaged-{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):  # another may have done so at the same moment
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -16,23 +16,29 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator import execute, workers
+from orchestrator import cluster, execute, workers
 from orchestrator.execute import Interrupted, Runtime
-from orchestrator.jobs import Job, JobQueue, Outcome
+from orchestrator.faults import is_infrastructure
+from orchestrator.jobs import ATTEMPTS, Job, JobQueue, Outcome, Pace
 from orchestrator.ledger import Ledger
-from orchestrator.records import StageRecord
+from orchestrator.records import BlockScore, StageRecord
 from orchestrator.spec import Resources
 from orchestrator.stages import STAGES
 from orchestrator.steps import StageNode
-from orchestrator.store import Store
+from orchestrator.stopping import HELDOUT, TOKENS, Judge, NoJudge
+from orchestrator.storage import open_store
+from orchestrator.store import DamagedArtifactError, Store
 from orchestrator.tracking import Mirror
 from trainers.contract import StageContext
 
-REPORT_EVERY_S = 0.5
+LOOK_EVERY_S = 0.5
+"""How often a worker looks whether to stop."""
+REPORT_EVERY_S = 2.0
+"""A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
 
 
 class Watcher(Protocol):
@@ -68,24 +74,37 @@ class Place:
         """Its existence asks every worker to save and stop."""
         return self.folder / ".stop"
 
+    def early_stop_file(self, job_id: str) -> Path:
+        """Its existence asks the worker of one trial to save and stop: it is not worth more."""
+        return self.early_stops / job_id
+
+    @property
+    def early_stops(self) -> Path:
+        """The folder of those files."""
+        return self.folder / ".early"
+
 
 # --- in the worker ---------------------------------------------------------------------------
 
 
-def run_job(config: dict[str, Any]) -> None:
-    """Run one job in a Tune worker; its last report is the result. Failures come back as data, so
-    that the worker stays warm."""
+def run_jobs(config: dict[str, Any]) -> None:
+    """Run one job after the other in a Tune worker, and report the result of each. Failures come
+    back as data, so that the worker stays warm."""
     from ray import tune
 
-    tune.report(_worked(json.loads(config["work"])))
+    for work in json.loads(config["work"]):
+        asked_to_stop = Path(work["stop_file"]).exists()
+        found = _result("interrupted", None, None, ()) if asked_to_stop else _worked(work)
+        tune.report({"job_id": work["job_id"], **found})
 
 
 def _worked(work: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(work["threads"])
-    store, records = Store(Path(work["store"])), list[StageRecord]()
-    launch = _launcher(work)
+    records = list[StageRecord]()
+    nodes, upstream = ([StageNode(**n) for n in work[key]] for key in ("nodes", "upstream"))
+    launch, early = _launcher(work), Path(work["early_stop_file"])
 
     def run(node: StageNode) -> StageRecord:
         return execute.run_stage(
@@ -93,18 +112,20 @@ def _worked(work: Mapping[str, Any]) -> dict[str, Any]:
             store,
             work["trial_id"],
             work["requested_by"],
-            _Throttled(Path(work["stop_file"])),
+            _Throttled(work["job_id"], Path(work["stop_file"]), early),
             Runtime(work["threads"], work["checkpoint_every_s"]),
             launch,
         )
 
     try:
-        for record in execute.run_stages([StageNode(**n) for n in work["nodes"]], run, store):
+        store = open_store(Path(work["store"]), work["artifacts"])
+        for record in execute.run_stages(nodes, run, store, upstream):
             records.append(record)
     except Interrupted:
-        return _result("interrupted", None, None, records)
+        return _result("stopped" if early.exists() else "interrupted", None, None, records)
     except Exception as error:  # whatever a stage raises is this trial's failure, not the sweep's
-        return _result("failed", execute.reason_of(error), traceback.format_exc(), records)
+        outcome: Outcome = "lost" if is_infrastructure(error) else "failed"
+        return _result(outcome, execute.reason_of(error), traceback.format_exc(), records)
     return _result("completed", None, None, records)
 
 
@@ -112,12 +133,15 @@ def _launcher(work: Mapping[str, Any]) -> execute.Launch:
     """Stages that train run on all workers, the others in this process."""
     if work["workers"]["count"] == 1:
         return execute.launch_here
-    several = workers.Workers(**work["workers"], stop_file=work["stop_file"])
+    files = {name: work[name] for name in ("stop_file", "early_stop_file", "job_id")}
+    several = workers.Workers(**work["workers"], **files)
 
     def launch(node: StageNode, context: StageContext[Any]) -> execute.Launched:
-        if not STAGES[node.kind].trains:
-            return execute.launch_here(node, context)
-        return workers.launch(node, context, several)
+        if STAGES[node.kind].trains:
+            return workers.launch(node, context, several)
+        if several.gpus:  # this process holds none: one worker does
+            return workers.launch(node, context, replace(several, count=1))
+        return execute.launch_here(node, context)
 
     return launch
 
@@ -130,23 +154,33 @@ def _result(
 
 
 class _Throttled:
-    """Passes progress on to Tune a few times a second, and looks whether to stop."""
+    """Passes progress on to Tune now and then, measurements always, and looks whether to stop."""
 
-    def __init__(self, stop_file: Path) -> None:
-        self._stop_file = stop_file
-        self._last = 0.0
+    def __init__(self, job_id: str, stop_file: Path, early_stop_file: Path) -> None:
+        self._job_id = job_id
+        self._stop_file, self._early = stop_file, early_stop_file
+        self._looked = self._told = 0.0
 
     def __call__(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if now - self._last < REPORT_EVERY_S and done:
+        measured = HELDOUT in values
+        at_once = measured or not done
+        if now - self._looked < LOOK_EVERY_S and not at_once:
             return
-        self._last = now
+        self._looked = now
         if self._stop_file.exists():
             raise Interrupted
+        if now - self._told < REPORT_EVERY_S and not at_once:
+            return
+        self._told = now
         from ray import tune
 
         # As one text: `done` and `time_total_s` among others mean something to Tune itself.
-        tune.report({"progress": json.dumps([stage, done, total, dict(values)])})
+        progress = json.dumps([stage, done, total, dict(values)])
+        tune.report({"job_id": self._job_id, "progress": progress})
+        # Reporting returns when the driver has heard, and has judged what was measured.
+        if measured and self._early.exists():
+            raise Interrupted
 
 
 # --- in the driver ---------------------------------------------------------------------------
@@ -154,9 +188,10 @@ class _Throttled:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run of the sweep ended: jobs by outcome."""
+    """How a run of the sweep ended: trials by outcome."""
 
     completed: int
+    stopped: int
     failed: int
     interrupted: bool
 
@@ -165,11 +200,19 @@ class _Desk:
     """The driver's side: hands out jobs, writes the ledger, tells the watcher and the mirror."""
 
     def __init__(
-        self, queue: JobQueue, place: Place, ledger: Ledger, mirror: Mirror, watcher: Watcher
+        self,
+        queue: JobQueue,
+        place: Place,
+        ledger: Ledger,
+        mirror: Mirror,
+        watcher: Watcher,
+        judge: Judge,
     ) -> None:
         self.queue, self.place = queue, place
         self._ledger, self._mirror, self._watcher = ledger, mirror, watcher
-        self.completed = self.failed = 0
+        self._judge, self._judged = judge, set[str]()
+        self._pace = Pace()
+        self.completed = self.stopped = self.failed = 0
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # Tune pickles its searcher and callbacks into a state file that is never read here.
@@ -179,34 +222,103 @@ class _Desk:
         """Record what a job's result says, and fail what can no longer run."""
         outcome, reason = result["outcome"], result["reason"]
         stages = [StageRecord(**record) for record in result["stages"]]
+        collected: execute.Collected | None = None
+        scores: list[Sequence[BlockScore]] = []
+        try:
+            made = [stage.stage_id for stage in stages if stage.kind == "importance"]
+            scores = [execute.block_scores(stage_id, self.place.store) for stage_id in made]
+            if outcome == "completed" and not job.shared:
+                collected = self._collected(job, stages)
+        except (OSError, DamagedArtifactError) as error:  # it was there a moment ago
+            outcome, reason = "lost", f"what it measured cannot be read: {error}"
         for stage in stages:
             self._ledger.stage(stage)
-            if stage.kind == "importance":
-                self._ledger.scores(execute.block_scores(stage.stage_id, self.place.store))
+        for rows in scores:
+            self._ledger.scores(rows)
         if result["trace"]:
             self._keep_trace(job, result["trace"])
-        if outcome == "completed" and not job.shared:
-            self._collect(job, stages)
+        if outcome == "lost" and self.queue.tried_enough(job.job_id):
+            outcome, reason = "failed", f"{reason} (tried {ATTEMPTS} times)"
+        if outcome == "stopped":
+            self._stopped(job, stages)
+        if collected is not None:
+            self._keep(job, collected)
         if outcome == "failed":
             self._fail(job, reason, stages)
+        self._pace.end(job.job_id)
         self._watcher.finished(job.job_id, outcome, reason)
         for doomed, why in self.queue.finish(job.job_id, outcome, reason):
             self._fail(doomed, why, [])
             self._watcher.finished(doomed.job_id, "failed", why)
 
     def advanced(self, job: Job, result: Mapping[str, Any]) -> None:
-        self._watcher.advanced(job.job_id, *json.loads(result["progress"]))
+        stage, done, total, values = json.loads(result["progress"])
+        self._watcher.advanced(job.job_id, stage, done, total, values)
+        if HELDOUT not in values or job.shared or job.trial.trial.baseline is not None:
+            return
+        self._judged.add(job.job_id)
+        if self._judge.stops(job.job_id, values[TOKENS], values[HELDOUT]):
+            file = self.place.early_stop_file(job.job_id)
+            self.place.early_stops.mkdir(exist_ok=True)
+            file.touch()
 
-    def started(self, job: Job) -> None:
-        self._watcher.started(job.job_id)
+    def next_jobs(self) -> list[Job]:
+        """The jobs that the next free worker does, one after the other: mostly one, several where
+        the last ones were so short that handing them out cost as much."""
+        first = self.queue.take()
+        if first is None:
+            return []
+        jobs = [first]
+        for _ in range(self._pace.together(len(self.queue.waiting)) - 1):
+            job = self.queue.take(first.cpus)
+            if job is None:
+                break
+            jobs.append(job)
+        return jobs
 
-    def _collect(self, job: Job, stages: Sequence[StageRecord]) -> None:
-        found = execute.collect(
+    def begin(self, jobs: Sequence[str]) -> None:
+        """A worker has come to the first of these jobs that has not ended."""
+        job_id = next((each for each in jobs if each in self.queue.running), None)
+        if job_id is not None:
+            self._pace.begin(job_id)
+            self._watcher.started(job_id)
+
+    def worker_died(self, jobs: Sequence[str], reason: str, trace: str) -> None:
+        """The job that it was at is lost; those that it had not come to are handed out again."""
+        left = [self.queue.running[each] for each in jobs if each in self.queue.running]
+        for job in left[1:]:
+            self.queue.put_back(job.job_id)
+        for job in left[:1]:
+            failure = {"outcome": "lost", "reason": reason, "trace": trace, "stages": []}
+            self.ended(job, failure)
+
+    def _collected(self, job: Job, stages: Sequence[StageRecord]) -> execute.Collected:
+        return execute.collect(
             job.trial, self.place.store, stages, self.place.sweep, self.place.profile
         )
+
+    def _keep(self, job: Job, found: execute.Collected) -> None:
         self._ledger.trial(found.trial, found.curves, found.items)
         self._mirror.trial(found.trial, found.curves)
         self.completed += 1
+        if job.job_id not in self._judged and job.trial.trial.baseline is None:
+            for point in found.curves:  # its distillation was found in the store
+                if point.name == HELDOUT:
+                    self._judge.stops(job.job_id, point.tokens, point.value)
+
+    def _stopped(self, job: Job, stages: Sequence[StageRecord]) -> None:
+        self.place.early_stop_file(job.job_id).unlink(missing_ok=True)
+        found = execute.stopped_trial(
+            job.trial,
+            "others were better after as many tokens",
+            self.place.store,
+            stages,
+            self.place.sweep,
+            self.place.profile,
+        )
+        self._ledger.trial(found.trial, found.curves, ())
+        self._mirror.trial(found.trial, found.curves)
+        self.stopped += 1
 
     def _fail(self, job: Job, reason: str, stages: Sequence[StageRecord]) -> None:
         if job.shared:
@@ -233,13 +345,15 @@ def run(
     resources: Resources,
     address: str | None = None,
     max_concurrent: int | None = None,
-    more: Callable[[], Sequence[Job]] = tuple,
+    more: Callable[[bool], Sequence[Job]] = lambda idle: (),
+    judge: Judge | None = None,
 ) -> Summary:
-    """Run all jobs to their end, and those that `more` gives when none is left. Ctrl-C once saves
-    and stops, twice stops at once."""
+    """Run all jobs to their end, or until the judge stops them, and those that `more` gives when
+    none waits. Ctrl-C once saves and stops, twice stops at once."""
     queue = JobQueue(list(jobs), more)
-    desk = _Desk(queue, place, ledger, mirror, watcher)
+    desk = _Desk(queue, place, ledger, mirror, watcher, judge or NoJudge())
     place.stop_file.unlink(missing_ok=True)
+    shutil.rmtree(place.early_stops, ignore_errors=True)
     with (
         _ray(address, resources.workers > 1) as cores,
         _scratch() as scratch,
@@ -248,7 +362,7 @@ def run(
         _check_room(resources, cores)
         _tuner(desk, resources, cores, max_concurrent, scratch).fit()
     place.stop_file.unlink(missing_ok=True)
-    return Summary(desk.completed, desk.failed, queue.stopping)
+    return Summary(desk.completed, desk.stopped, desk.failed, queue.stopping)
 
 
 def _tuner(
@@ -257,7 +371,7 @@ def _tuner(
     from ray import tune
 
     trainable = tune.with_resources(
-        run_job, lambda config: tune.PlacementGroupFactory([config["bundle"]])
+        run_jobs, lambda config: tune.PlacementGroupFactory([config["bundle"]])
     )
     describe = _describer(desk.place, resources, cores)
     at_once = max_concurrent or resources.max_concurrent or cores
@@ -294,21 +408,24 @@ class NoRoomError(Exception):
     """The cluster is too small for one trial."""
 
 
-def _describer(place: Place, resources: Resources, cores: int) -> Callable[[Job], dict[str, Any]]:
+def _describer(
+    place: Place, resources: Resources, cores: int
+) -> Callable[[Sequence[Job]], dict[str, Any]]:
     several = resources.workers > 1
 
-    def describe(job: Job) -> dict[str, Any]:
-        cpus = min(job.cpus, cores)
-        bundle = {"CPU": workers.WAITING_CPU if several else float(cpus)}
-        if resources.gpus_per_worker and not several:
-            bundle["GPU"] = resources.gpus_per_worker
+    def work_of(job: Job, cpus: int) -> dict[str, Any]:
         trial_id = job.trial.trial.trial_id
-        work = {
+        return {
+            "job_id": job.job_id,
             "nodes": [asdict(node) for node in job.nodes],
-            "store": str(place.store.root),
+            # Only to be run again where an input of a shared stage turns out to be damaged.
+            "upstream": [asdict(n) for n in job.trial.steps.values()] if job.shared else [],
+            "store": str(place.store.folder),
+            "artifacts": place.store.uri,
             "trial_id": trial_id,
             "requested_by": place.requested_by(trial_id),
             "stop_file": str(place.stop_file),
+            "early_stop_file": str(place.early_stop_file(job.job_id)),
             "threads": cpus,
             "checkpoint_every_s": resources.checkpoint_every_s,
             "workers": {
@@ -317,20 +434,31 @@ def _describer(place: Place, resources: Resources, cores: int) -> Callable[[Job]
                 "gpus": resources.gpus_per_worker,
             },
         }
-        return {"job_id": job.job_id, "bundle": bundle, "work": json.dumps(work)}
+
+    def describe(jobs: Sequence[Job]) -> dict[str, Any]:
+        cpus = min(jobs[0].cpus, cores)
+        bundle = {"CPU": workers.WAITING_CPU if several else float(cpus)}
+        if resources.gpus_per_worker and not several:
+            bundle["GPU"] = resources.gpus_per_worker
+        work = [work_of(job, cpus) for job in jobs]
+        return {
+            "jobs": [job.job_id for job in jobs],
+            "bundle": bundle,
+            "work": json.dumps(work),
+        }
 
     return describe
 
 
-def _searcher(desk: _Desk, describe: Callable[[Job], dict[str, Any]]) -> Any:
+def _searcher(desk: _Desk, describe: Callable[[Sequence[Job]], dict[str, Any]]) -> Any:
     """Tune's searcher that proposes the next ready job, and waits while there is none."""
     from ray.tune.search import Searcher
 
     class Jobs(Searcher):  # type: ignore[misc]
         def suggest(self, trial_id: str) -> Any:
-            job = desk.queue.take()
-            if job is not None:
-                return describe(job)
+            jobs = desk.next_jobs()
+            if jobs:
+                return describe(jobs)
             return Searcher.FINISHED if desk.queue.exhausted else None
 
         def on_trial_complete(
@@ -353,17 +481,17 @@ def _callback(desk: _Desk) -> Any:
 
     class Events(Callback):  # type: ignore[misc]
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-            if (job := desk.queue.running.get(trial.config["job_id"])) is not None:
-                desk.started(job)
+            desk.begin(trial.config["jobs"])
 
         def on_trial_result(
             self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
         ) -> None:
-            job = desk.queue.running.get(trial.config["job_id"])
+            job = desk.queue.running.get(result.get("job_id", ""))
             if job is None:
                 return
             if "result" in result:
                 desk.ended(job, json.loads(result["result"]))
+                desk.begin(trial.config["jobs"])
             elif "progress" in result:
                 desk.advanced(job, result)
 
@@ -372,10 +500,7 @@ def _callback(desk: _Desk) -> Any:
             path = Path(trial.error_file) if trial.error_file else None
             trace = path.read_text() if path and path.exists() else "no error was recorded"
             reason = f"the worker died: {trace.strip().splitlines()[-1]}"
-            job = desk.queue.running.get(trial.config["job_id"])
-            if job is not None:
-                failure = {"outcome": "failed", "reason": reason, "trace": trace, "stages": []}
-                desk.ended(job, failure)
+            desk.worker_died(trial.config["jobs"], reason, trace)
 
     return Events()
 
@@ -383,29 +508,18 @@ def _callback(desk: _Desk) -> Any:
 @contextmanager
 def _ray(address: str | None, dashboard: bool) -> Iterator[int]:
     """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its CPUs."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Workers inherit these. By default glibc gives every large tensor back to the system when it is
-    # freed, and the page faults of getting it again cost a third of a step with 49k words.
-    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
-    os.environ.setdefault("MALLOC_TOP_PAD_", str(1 << 28))
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a banner whatever `verbose` says
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # a worker that died is told in one line
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
-    import ray
-
     # A trial of several workers that is stopped early leaks its placement group unless the
     # dashboard is there; for one worker each it would only cost memory.
-    local: dict[str, Any] = {} if address else {"include_dashboard": dashboard}
-    if dashboard:
-        local["dashboard_host"] = "127.0.0.1"
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
     try:
-        yield max(1, int(ray.cluster_resources().get("CPU", 1)))
-    finally:
-        ray.shutdown()
+        with cluster.joined(address, dashboard) as found:
+            yield found.cpus
+    except cluster.UnreachableError as error:
+        raise NoRoomError(str(error)) from error
 
 
 @contextmanager

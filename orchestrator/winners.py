@@ -6,12 +6,15 @@ that of any local folder: if the other sweep finds another winner, these trials 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.located import Node
 
 KEYS = ("kind", "sweep", "profile")
+NAME = r"[A-Za-z0-9_-]+"
+"""Names of sweeps and profiles, which are also the names of their folders."""
 
 
 class NoWinnerError(Exception):
@@ -41,6 +44,9 @@ def _folder(node: Node, results: Path, profile: str) -> Node:
         raise NoWinnerError(f"{node.origin}: a winner is named by sweep and, if need be, profile")
     named = node.child("profile")
     scale = str(named.value) if named is not None else profile
+    for name in (sweep.value, scale):
+        if not re.fullmatch(NAME, name):
+            raise NoWinnerError(f"{node.origin}: '{name}' is not the name of a sweep or profile")
     path = results.resolve() / sweep.value / scale / "best"
     if not (path / "config.json").is_file():
         raise NoWinnerError(

@@ -8,10 +8,12 @@ in the stage's words and not in Ray's.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,19 +39,21 @@ WAITING_CPU = 0.01
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes train together, and what each of them gets."""
+    """How many processes train together, what each of them gets, and for which job."""
 
     count: int
     cpus: int
     gpus: float
     stop_file: str
+    early_stop_file: str
+    job_id: str
 
 
 def launch(node: StageNode, context: StageContext[Any], workers: Workers) -> Launched:
     """The stage's result, with the costs of all its workers. Raises `StageError` where one failed,
     `Interrupted` where the sweep was asked to stop."""
     from ray import train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     work = {
@@ -68,7 +72,7 @@ def launch(node: StageNode, context: StageContext[Any], workers: Workers) -> Lau
         trainer = TorchTrainer(
             _work,
             train_loop_config=work,
-            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            torch_config=_no_group(),
             scaling_config=train.ScalingConfig(
                 num_workers=workers.count,
                 use_gpu=workers.gpus > 0,
@@ -125,6 +129,22 @@ def _forget(out: Path) -> None:
         path.unlink()
 
 
+def _no_group() -> Any:
+    """Has Ray Train start the workers and leave it to them to make one process group."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class NoGroup(Backend):  # type: ignore[misc]
+        share_cuda_visible_devices = True  # as Ray Train's own for PyTorch
+
+    class Workers(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type[NoGroup]:
+            return NoGroup
+
+    return Workers()
+
+
 # --- in each worker --------------------------------------------------------------------------
 
 
@@ -142,13 +162,14 @@ def _work(work: Mapping[str, Any]) -> None:
         inputs={role: Path(folder) for role, folder in work["inputs"].items()},
         out=out,
         seed=node.seed or 0,
-        reporter=_Together(node.kind, Path(work["workers"]["stop_file"])),
+        reporter=_Together(node.kind, Workers(**work["workers"])),
         runtime=Runtime(**work["runtime"]),
     )
     meter = Costs.meter()
     answer: dict[str, Any] = {"outcome": "completed", "damaged": None, "result": None}
     try:
-        answer["result"] = asdict(entry_point(stage.entry_point)(context))
+        with _process_group("nccl" if work["workers"]["gpus"] else "gloo"):
+            answer["result"] = asdict(entry_point(stage.entry_point)(context))
     except Interrupted:
         answer["outcome"] = "interrupted"
     except Exception as error:
@@ -162,22 +183,58 @@ def _work(work: Mapping[str, Any]) -> None:
             (out / ANSWER.format(rank)).write_text(json.dumps(answer | costs))
 
 
-class _Together:
-    """Reports a few times, on all workers at the same steps, and stops all of them at the same."""
+@contextmanager
+def _process_group(backend: str) -> Iterator[None]:
+    """While open, the workers are one process group of torch.distributed.
 
-    def __init__(self, kind: str, stop_file: Path) -> None:
-        self._kind, self._stop_file = kind, stop_file
+    Made by itself, its store would listen on every address of the first worker's machine. Here it
+    listens on that of its Ray node: 127.0.0.1 where Ray is of this machine alone.
+    """
+    import ray
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+    from torch import distributed
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    context = train.get_context()
+    rank, processes = context.get_world_rank(), context.get_world_size()
+    door = socket.create_server((ray.util.get_node_ip_address(), 0)) if rank == 0 else None
+    host, port = broadcast_from_rank_zero(door.getsockname()[:2] if door else None)
+    store = TCPStore(
+        host, port, processes, rank == 0, master_listen_fd=door.detach() if door else None
+    )
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+    }
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    yield
+    # Not where a worker failed: the others may be waiting for it, and Ray is about to end them.
+    distributed.destroy_process_group()
+
+
+class _Together:
+    """Reports a few times, and what was measured always, on all workers at the same steps, and
+    stops all of them at the same."""
+
+    def __init__(self, kind: str, workers: Workers) -> None:
+        self._kind, self._job_id = kind, workers.job_id
+        self._stop_files = [Path(workers.stop_file), Path(workers.early_stop_file)]
 
     def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
         """See `trainers.contract.Reporter`."""
         import torch
         from ray import train
 
-        if done % max(1, total // REPORTS) and done != total:
+        measured = "heldout_loss" in values
+        if done % max(1, total // REPORTS) and done != total and not measured:
             return
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        stop = torch.tensor(float(self._stop_file.exists()), device=device)
+        stop = torch.tensor(float(any(f.exists() for f in self._stop_files)), device=device)
         torch.distributed.all_reduce(stop)  # the file may appear between two workers' looks
-        train.report({"progress": json.dumps([self._kind, done, total, dict(values)])})
+        progress = json.dumps([self._kind, done, total, dict(values)])
+        train.report({"job_id": self._job_id, "progress": progress})
         if stop.item():
             raise Interrupted

@@ -284,7 +284,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tmp_path: 
     assert len(curves) == len({(c["trial_id"], c["step"], c["name"]) for c in curves})
 
 
-def test_a_worker_that_dies_costs_its_trial_alone_and_the_next_start_makes_up_for_it(
+def test_a_worker_that_dies_costs_one_attempt_and_no_trial(
     finished: Finished, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
@@ -300,16 +300,10 @@ def test_a_worker_that_dies_costs_its_trial_alone_and_the_next_start_makes_up_fo
     ]
     max(workers, key=lambda worker: worker.cpu_times().user).kill()
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, out
+    assert process.returncode == 0, out
+    assert "lost" in out and "the worker died" in out
     trials = rows(results / "small" / "micro", "trials")
-    failed = [trial for trial in trials if trial["status"] == "failed"]
-    assert len(trials) == TRIALS and len(failed) == 1
-    assert "the worker died" in failed[0]["reason"]
-
-    again = start(finished.sweep, results)
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, out
-    assert {t["status"] for t in rows(results / "small" / "micro", "trials")} == {"completed"}
+    assert len(trials) == TRIALS and {t["status"] for t in trials} == {"completed"}
 
 
 # --- several workers -------------------------------------------------------------------------

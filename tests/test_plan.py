@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_sweep
+from click.testing import CliRunner
+from rich.console import Console
 
-from orchestrator.plan import SweepPlan, plan_sweep
+from orchestrator.cli import app
+from orchestrator.plan import SweepPlan, describe, plan_sweep
+from orchestrator.progress import plan_table, short_count
 from orchestrator.space import enumerate_trials
 from orchestrator.spec import SpecError, load
 from orchestrator.steps import StageNode
+
+ROOT = Path(__file__).parent.parent
 
 
 def plan(folder: Path, sweep: dict[str, Any] | None = None, *overrides: str) -> SweepPlan:
@@ -74,6 +82,10 @@ CHANGES = {
     "evaluate.tasks_before=true": {"before"},
     "resources.cpus_per_trial=2": set(),
     "resources.workers=2": set(),
+    "resources.gpus_per_worker=1": set(),
+    "resources.gpu_memory_gb=24": set(),
+    "resources.peak_tflops=312": set(),
+    "resources.utilisation=0.5": set(),
     "resources.checkpoint_every_s=9": set(),
     "select.metric=lm_loss.after": set(),
 }  # fmt: skip
@@ -382,3 +394,212 @@ def test_another_model_of_the_same_tokens_may_teach(tmp_path: Path) -> None:
     model = {"kind": "folder", "path": str(source)}
     steps = planned_steps(tmp_path, source=model, prune=NARROW, distill=distill)
     assert steps["cache"].inputs["model"] == steps["teacher"].stage_id
+
+
+# --- what it takes of GPUs -------------------------------------------------------------------
+
+ON_GPUS = ("resources.gpus_per_worker=1", "resources.workers=2")
+
+
+def described(folder: Path, *overrides: str, sweep: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The plan as `orchestrate plan --json` tells it."""
+    loaded = load(small_sweep.write(folder, sweep), overrides=overrides)
+    planned = plan_sweep(loaded, enumerate_trials(loaded))
+    return describe(planned, loaded.resources, set(), set(), str)
+
+
+def of_cluster(sweep: str, profile: str, *overrides: str) -> dict[str, Any]:
+    """The plan of a shipped sweep at a profile for clusters."""
+    path = ROOT / "sweeps" / f"{sweep}.yaml"
+    loaded = load(path, profile, overrides)
+    planned = plan_sweep(loaded, enumerate_trials(loaded))
+    return describe(planned, loaded.resources, set(), set(), str)
+
+
+def told(plan: dict[str, Any], width: int) -> str:
+    """The plan's tables on a terminal of so many columns."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, soft_wrap=True)
+    for table in plan_table(plan, width):
+        console.print(table)
+    return stream.getvalue()
+
+
+def test_without_gpus_there_are_no_gpu_hours_no_warnings_and_no_columns_for_them(
+    tmp_path: Path,
+) -> None:
+    plan = described(tmp_path, "resources.gpu_memory_gb=0.0001")
+    assert plan["total"]["gpu_hours"] is None and not plan["warnings"]
+    assert all(trial["gpu_hours"] is None for trial in plan["trials"])
+    assert "GPU" not in told(plan, 120)
+
+
+def test_a_trial_takes_the_hours_of_all_its_stages_and_a_sweep_takes_shared_ones_once(
+    tmp_path: Path,
+) -> None:
+    # A GPU so slow that hours are not rounded away.
+    plan = described(tmp_path, *ON_GPUS, "resources.peak_tflops=1.0e-9")
+    stages = {stage["stage_id"]: stage for t in plan["trials"] for stage in t["stages"]}
+    for trial in plan["trials"]:
+        assert trial["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] for s in trial["stages"]))
+    once = sum(stage["gpu_hours"] for stage in stages.values())
+    assert plan["total"]["gpu_hours"] == pytest.approx(once)
+    assert once < 0.9 * sum(trial["gpu_hours"] for trial in plan["trials"])
+    flops = plan["total"]["flops"]
+    assert plan["total"]["gpu_hours"] == pytest.approx(flops / (1e3 * 0.4) / 3600)
+
+
+def test_what_is_computed_again_costs_hours_and_no_model_flops(tmp_path: Path) -> None:
+    slow = (*ON_GPUS, "resources.peak_tflops=1.0e-9")
+    plain = described(tmp_path, *slow)["total"]
+    engine = "distill.training.engine.gradient_checkpointing=true"
+    again = described(tmp_path, *slow, engine)["total"]
+    assert again["flops"] == plain["flops"] and again["gpu_hours"] > plain["gpu_hours"]
+
+
+def test_a_trial_that_trains_nothing_has_no_memory_under_any_zero_stage(tmp_path: Path) -> None:
+    teacher, student, *_ = of_cluster("width_vs_depth", "llama31_8b")["trials"]
+    assert list(teacher["memory_gb"].values()) == [None] * 4
+    assert teacher["fullest"]["step"] == "after" and teacher["fullest"]["zero_stage"] is None
+    zero = list(student["memory_gb"].values())
+    assert zero == sorted(zero, reverse=True) and zero[3] > 0
+
+
+def test_memory_of_a_stage_is_the_sum_of_its_parts_and_the_fullest_stage_has_the_most(
+    tmp_path: Path,
+) -> None:
+    for trial in of_cluster("chain", "nemotron_15b")["trials"]:
+        totals = {}
+        for stage in trial["stages"]:
+            *parts, total = stage["memory_gb"].values()
+            assert sum(parts) == pytest.approx(total, abs=1e-3)
+            totals[stage["step"]] = total
+        assert totals[trial["fullest"]["step"]] == max(totals.values())
+        assert trial["fullest"]["memory_gb"] == max(totals.values())
+
+
+def test_the_profiles_for_clusters_fit_their_gpus() -> None:
+    assert not of_cluster("width_vs_depth", "llama31_8b")["warnings"]
+    assert not of_cluster("chain", "nemotron_15b")["warnings"]
+
+
+WHOLE = (
+    "distill.training.engine.zero_stage=1",
+    "distill.training.engine.gradient_checkpointing=false",
+)
+
+
+def test_a_warning_names_the_trials_the_need_and_settings_under_which_there_is_none() -> None:
+    plan = of_cluster("width_vs_depth", "llama31_8b", *WHOLE)
+    students = {trial["trial_id"] for trial in plan["trials"] if trial["baseline"] != "teacher"}
+    assert {trial for warning in plan["warnings"] for trial in warning["trials"]} == students
+    for warning in plan["warnings"]:
+        assert warning["step"] == "distill" and warning["settings"]
+        assert warning["needs_gb"] > warning["has_gb"] == 72 > warning["then_gb"]
+        assert f"needs {warning['needs_gb']:.1f} GB" in warning["text"]
+        set_so = [f"{key}={json.dumps(value)}" for key, value in warning["settings"].items()]
+        assert all(each in warning["text"] for each in set_so)
+        better = of_cluster("width_vs_depth", "llama31_8b", *WHOLE, *set_so)
+        labels = {label for other in better["warnings"] for label in other["labels"]}
+        assert not labels & set(warning["labels"])
+
+
+def test_a_step_of_a_chain_takes_the_settings_of_the_trial_unless_it_has_its_own(
+    tmp_path: Path,
+) -> None:
+    link = {"prune": {"width": {"intermediate_size": 0.75}}}
+    for own, place in ((False, "distill"), (True, "chain.0.distill")):
+        chain = [link | ({"distill": small_sweep.PROFILE["trial"]["distill"]} if own else {})]
+        trial = {"chain": chain, "prune": NARROW}
+        sweep = {**small_sweep.SWEEP, "trial": trial, "axes": {}, "baselines": {}}
+        roomy = described(tmp_path, *ON_GPUS, sweep=sweep)["trials"][1]
+        (step,) = [stage for stage in roomy["stages"] if stage["step"] == "chain1.distill"]
+        just_too_small = (step["memory_gb"]["total"] - 0.0001) / 0.9
+        tight = f"resources.gpu_memory_gb={just_too_small}"
+        warnings = described(tmp_path, *ON_GPUS, tight, sweep=sweep)["warnings"]
+        (warning,) = [each for each in warnings if each["step"] == "chain1.distill"]
+        assert all(key.startswith(f"{place}.training.") for key in warning["settings"])
+
+
+def test_what_no_setting_makes_fit_is_said_so() -> None:
+    plan = of_cluster("width_vs_depth", "llama31_8b", "resources.gpu_memory_gb=16")
+    (before,) = [warning for warning in plan["warnings"] if warning["step"] == "before"]
+    assert before["settings"] is None and before["then_gb"] is None
+    assert "no setting makes it fit" in before["text"]
+
+
+def test_a_signal_that_would_fit_is_named_with_the_disk_it_takes() -> None:
+    tight = ("resources.gpu_memory_gb=24", "evaluate.precision=bf16")
+    plan = of_cluster("width_vs_depth", "llama31_8b", *tight)
+    (warning,) = [warning for warning in plan["warnings"] if warning["step"] == "distill"]
+    assert warning["settings"]["distill.signal"] == "sampled_cache"
+    assert "GB of disk" in warning["text"]
+
+
+def test_workers_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:
+    half = of_cluster("width_vs_depth", "llama31_8b", "resources.gpus_per_worker=0.5")
+    assert {warning["has_gb"] for warning in half["warnings"]} == {36}
+
+
+@pytest.mark.parametrize(
+    ("number", "short"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00k"),
+        (404_736, "405k"),
+        (999_499, "999k"),
+        (999_500, "1.00M"),
+        (4_512_746_496, "4.51B"),
+        (94_011_129_856, "94.0B"),
+    ],
+)
+def test_counts_are_told_in_three_digits(number: int, short: str) -> None:
+    assert short_count(number) == short
+
+
+@pytest.mark.parametrize("width", [80, 120, 140])
+def test_tables_of_a_plan_fit_the_terminal_and_lose_no_number(width: int) -> None:
+    plan = of_cluster("chain", "nemotron_15b")
+    text = told(plan, width)
+    assert max(map(len, text.splitlines())) <= width
+    flat = re.sub(r"[^\w.,:=%-]+", "", text)
+    for trial in plan["trials"]:
+        assert trial["trial_id"] in flat
+        for each in (*trial["memory_gb"].values(), trial["fullest"]["memory_gb"]):
+            assert each is None or f"{each:.1f}" in text
+        assert f"{trial['gpu_hours']:,.1f}" in text and f"{trial['flops']:.2g}" in text
+
+
+@pytest.mark.parametrize(
+    ("sweep", "profile"), [("width_vs_depth", "llama31_8b"), ("chain", "nemotron_15b")]
+)
+def test_the_plans_in_the_docs_are_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: str, profile: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = f"plan sweeps/{sweep}.yaml --profile {profile}"
+    page = (ROOT / "docs" / "plans.md").read_text()
+    shown = page.split(f"orchestrate {command}\n```\n```\n")[1].split("```")[0]
+    whole = CliRunner().invoke(app, [*command.split(), "--results", str(tmp_path)])
+    assert whole.output.endswith(shown) and "GB of each GPU" in shown
+    plan = json.loads(CliRunner().invoke(app, [*command.split(), "--json"]).output)
+    assert f"{plan['total']['gpu_hours']:,.0f} GPU-hours" in shown
+    for trial in plan["trials"]:
+        (row,) = [line for line in shown.splitlines() if f"│ {trial['label']} " in line]
+        numbers = ["-" if each is None else f"{each:.1f}" for each in trial["memory_gb"].values()]
+        fullest = trial["fullest"]
+        numbers += [f"{fullest['memory_gb']:.1f}", fullest["step"], f"{trial['gpu_hours']:,.1f}"]
+        assert [cell.strip() for cell in row.strip("│").split("│")[1:]] == numbers
+
+
+def test_the_warnings_in_the_docs_are_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "plans.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("warning: ")]
+    (command,) = [line for line in page.splitlines() if line.endswith("checkpointing=false")]
+    _, *arguments = command.split()
+    whole = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path)]).output
+    assert [line for line in whole.splitlines() if line.startswith("warning: ")] == shown != []

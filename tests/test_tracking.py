@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import made_up
 import pytest
@@ -29,9 +33,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
-def show(records: Records, results: Path, folder: Path) -> tuple[list[str], dict[str | None, str]]:
+def show(
+    records: Records, results: Path, folder: Path
+) -> tuple[tracking.Mirrored, dict[str | None, str]]:
     tracked: dict[str | None, str] = {}
-    warnings = tracking.mirror(
+    done = tracking.mirror(
         records,
         folder,
         tracking.tracking_uri(results),
@@ -39,7 +45,7 @@ def show(records: Records, results: Path, folder: Path) -> tuple[list[str], dict
         "name: depth_ablation\n",
         tracked.__setitem__,
     )
-    return warnings, tracked
+    return done, tracked
 
 
 def test_mlflow_shows_one_parent_and_one_child_per_trial_and_the_same_when_told_twice(
@@ -50,8 +56,8 @@ def test_mlflow_shows_one_parent_and_one_child_per_trial_and_the_same_when_told_
 
     folder = tmp_path / "depth_ablation" / "made_up"
     report.write(RECORDS, folder, "Which layers?", "accuracy.mean", "max", "orchestrate …")
-    warnings, tracked = show(RECORDS, tmp_path, folder)
-    assert warnings == []
+    done, tracked = show(RECORDS, tmp_path, folder)
+    assert done == tracking.Mirrored(trials=3, written=3, reached=True, problem=None)
 
     client = MlflowClient(tracking_uri=tracking.tracking_uri(tmp_path))
     experiment = client.get_experiment_by_name("depth_ablation")
@@ -93,8 +99,9 @@ def test_mlflow_shows_one_parent_and_one_child_per_trial_and_the_same_when_told_
     again = replace(RECORDS.trials[-1], status="completed", reason=None, metrics=metrics)
     later = replace(again, ended_at=again.ended_at + 60)
     records = replace(RECORDS, trials=(*RECORDS.trials[:-1], later))
-    warnings, tracked_again = show(records, tmp_path, folder)
-    assert (warnings, tracked_again) == ([], tracked)
+    done, tracked_again = show(records, tmp_path, folder)
+    assert done == tracking.Mirrored(trials=3, written=1, reached=True, problem=None)
+    assert tracked_again == tracked
     second = runs()
     assert set(second) == set(first)
     assert len(client.get_metric_history(child.info.run_id, "lm_loss")) == len(expected)
@@ -109,12 +116,131 @@ def test_a_dead_server_holds_nothing_up_and_costs_one_warning(tmp_path: Path) ->
     started = time.monotonic()
     for trial in RECORDS.trials:
         mirror.trial(trial, [])
-    mirror.finish(tmp_path)
+    mirror.finish(tmp_path, RECORDS)
     assert time.monotonic() - started < 0.1
     (warning,) = mirror.close()
     assert time.monotonic() - started < 30
     assert "127.0.0.1:9" in warning and "secret" not in warning
     assert "orchestrate mirror" in warning
+
+
+@contextmanager
+def hanging_server() -> Iterator[str]:
+    """Takes connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
+        yield f"http://me:secret@127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_holds_nothing_up_and_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with hanging_server() as uri:
+        mirror = tracking.Mirror(uri, None, "s", "p", "name: s\n")
+        started = time.monotonic()
+        for trial in RECORDS.trials:
+            mirror.trial(trial, [])
+        mirror.finish(tmp_path, RECORDS)
+        assert time.monotonic() - started < 0.1
+        (warning,) = mirror.close()
+    assert time.monotonic() - started < 25
+    assert "does not answer" in warning and "secret" not in warning
+
+
+def test_a_mirror_that_stands_still_is_not_waited_for(tmp_path: Path) -> None:
+    with hanging_server() as uri:
+        mirror = tracking.Mirror(uri, None, "s", "p", "name: s\n")
+        mirror.finish(tmp_path, RECORDS)
+        started = time.monotonic()
+        (warning,) = mirror.close(stalled_s=0.5)
+    assert time.monotonic() - started < 20
+    assert "was not done" in warning
+
+
+def test_a_mirror_holds_no_more_than_a_few_trials_whatever_it_is_told() -> None:
+    points: list[weakref.ref[CurvePoint]] = []
+    with hanging_server() as uri:
+        mirror = tracking.Mirror(uri, None, "s", "p", "name: s\n")
+        for number in range(10 * tracking.WAITING):
+            point = CurvePoint("t", number, number, 0, "loss", 1.0)
+            points.append(weakref.ref(point))
+            mirror.trial(RECORDS.trials[0], [point])
+        del point
+        assert 0 < sum(each() is not None for each in points) <= tracking.WAITING
+        assert len(mirror.close(stalled_s=0.1)) == 1
+
+
+def test_trials_that_found_no_room_are_written_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "WAITING", 2)
+    ids = [f"t{number}" for number in range(8)]
+    trials = tuple(replace(RECORDS.trials[0], trial_id=each, sweep="s") for each in ids)
+    # More than MLflow takes in one call.
+    curves = [CurvePoint("t7", step, step, step, "loss", 1.0 / step) for step in range(1, 1201)]
+    uri, place = tracking.tracking_uri(tmp_path), tracking.artifact_location(tmp_path)
+    mirror = tracking.Mirror(uri, place, "s", "p", "name: s\n")
+    for trial in trials:
+        mirror.trial(trial, curves if trial.trial_id == "t7" else ())
+    mirror.finish(tmp_path, Records("s", "p", trials=trials, curves=tuple(curves)))
+    assert mirror.close() == []
+    runs = shown(tmp_path, "s")
+    assert sorted(run.data.tags.get(tracking.TRIAL_TAG, "") for run in runs) == ["", *ids]
+    (last,) = [run for run in runs if run.data.tags.get(tracking.TRIAL_TAG) == "t7"]
+    assert len(client_of(tmp_path).get_metric_history(last.info.run_id, "loss")) == len(curves)
+
+
+def test_runs_that_a_slow_server_made_twice_are_one_again(tmp_path: Path) -> None:
+    """A request that was given up on may be carried out later."""
+    show(RECORDS, tmp_path, tmp_path)
+    client, before = client_of(tmp_path), shown(tmp_path, "depth_ablation")
+    experiment = before[0].info.experiment_id
+    for run in before:
+        again = client.create_run(experiment, run.info.start_time + 1, dict(run.data.tags))
+        if tracking.SWEEP_TAG in run.data.tags:
+            tags = {"mlflow.parentRunId": again.info.run_id, tracking.TRIAL_TAG: "task-2"}
+            client.create_run(experiment, tags=tags)
+    done, tracked = show(RECORDS, tmp_path, tmp_path)
+    assert (done.written, done.problem) == (0, None)
+    after = shown(tmp_path, "depth_ablation")
+    assert {run.info.run_id for run in after} == set(tracked.values())
+    assert {run.info.run_id for run in after} == {run.info.run_id for run in before}
+
+
+def test_what_mlflow_refuses_of_one_trial_keeps_no_other_out(tmp_path: Path) -> None:
+    wrong = replace(RECORDS.trials[0], metrics={"": 1.0})
+    done, tracked = show(replace(RECORDS, trials=(wrong, *RECORDS.trials[1:])), tmp_path, tmp_path)
+    assert done.reached and done.written == 2
+    assert done.problem is not None and wrong.trial_id in done.problem
+    assert set(tracked) == {None, *(trial.trial_id for trial in RECORDS.trials[1:])}
+
+
+def client_of(results: Path) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking.tracking_uri(results))
+
+
+def shown(results: Path, sweep: str) -> list[Any]:
+    client = client_of(results)
+    return list(client.search_runs([client.get_experiment_by_name(sweep).experiment_id]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no such host: postgresql://me:p@ss%2Fword@db/runs",
+        "tried http://me:p@ss%2Fword@server:5000/api and gave up",
+        "the password p@ss/word is wrong",
+        "refused: Basic of token-1",
+    ],
+)
+def test_no_password_and_no_token_stands_in_what_is_said(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token-1")
+    said = tracking.without_secrets(text, "http://me:p%40ss%2Fword@server:5000")
+    assert not any(secret in said for secret in ("p@ss", "p%40ss", "word@", "ss/word", "token-1"))
 
 
 def test_a_sweep_without_trials_never_opens_mlflow(tmp_path: Path) -> None:
@@ -153,9 +279,3 @@ def test_settings_become_dotted_parameters_within_mlflows_limits() -> None:
     assert len(found["d"]) == tracking.PARAMETER_LENGTH
     assert found["e"] == "{}"
     assert found["odd_name"] == "true"
-
-
-def test_long_curves_are_sent_in_chunks_that_mlflow_takes() -> None:
-    points = [CurvePoint("t", step, step, 0, "loss", 1.0) for step in range(2500)]
-    sizes = [len(chunk) for chunk in tracking._chunks(points, tracking.METRICS_A_CALL)]
-    assert sizes == [1000, 1000, 500]

@@ -27,16 +27,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(folder: Path, precision: str = "fp32") -> PreTrainedModel:
-    """The causal language model in `folder`, in evaluation mode. Never asks the network."""
+    """The causal language model in `folder`, in evaluation mode. Never asks the network, and never
+    runs code that comes with a checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[precision], local_files_only=True
+        folder, dtype=DTYPES[precision], local_files_only=True, trust_remote_code=False
     )
     return model.eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Never asks the network."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def new_model(config: dict[str, Any], seed: int) -> PreTrainedModel:
@@ -121,14 +122,17 @@ def convert_gguf(source: GgufModel, folder: Path) -> None:
     new model made from the config without its quantisation entry.
     """
     place, name = str(source.file.parent), source.file.name
-    loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False
+    )
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
-    save_model(plain, AutoTokenizer.from_pretrained(place, gguf_file=name), folder)
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name, trust_remote_code=False)
+    save_model(plain, tokenizer, folder)
 
 
 def acquire(source: HubModel | FolderModel | GgufModel, folder: Path) -> None:

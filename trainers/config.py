@@ -246,6 +246,8 @@ class Training(Frozen):
             raise ValueError("minimum_learning_rate is above learning_rate")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
+        if self.precision == "bf16" and self.engine.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1 or more: only there are fp32 masters kept")
         return self
 
 

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.ERROR)
 
@@ -208,7 +212,8 @@ class _Run:
                 f"the checkpoint in {self._checkpoints} holds the shards of {wrote} workers and "
                 f"cannot be read by {self._workers}: start {wrote} again, or remove it"
             )
-        read, state = self._engine.load_checkpoint(str(self._checkpoints), tag)
+        with _nothing_is_run():
+            read, state = self._engine.load_checkpoint(str(self._checkpoints), tag)
         if read is None:
             raise StageError(f"the checkpoint {folder} cannot be read: remove {self._checkpoints}")
         _set_random_state(folder / f"random{min(self._rank, wrote - 1)}.pt")
@@ -525,22 +530,48 @@ def _compile_layers(model: PreTrainedModel) -> None:
         layer.forward = torch.compile(layer.forward)
 
 
+# --- checkpoints that run nothing ----------------------------------------------------------------
+
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+IN_SHARDS = [ZeroStageEnum, LossScaler, fragment_address]
+"""What DeepSpeed's shards hold beside tensors and plain values."""
+
+
+@contextmanager
+def _nothing_is_run() -> Iterator[None]:
+    """DeepSpeed unpickles its shards, and a pickle can run anything. The folder of artifacts may be
+    one that others write, too: here a shard that names anything else is not read."""
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(IN_SHARDS):
+            yield
+    finally:
+        if before is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
+
+
 # --- random state ----------------------------------------------------------------------------
 
 
 def _random_state() -> dict[str, Any]:
+    kind, keys, *place = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        # As a tensor: an array would be a pickle, which is not read back.
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *place),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def _set_random_state(path: Path) -> None:
-    state = torch.load(path, weights_only=False)  # our own file; it holds plain tuples and arrays
+    state = torch.load(path, weights_only=True)
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    kind, keys, *place = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *place))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -23,6 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval import utils as harness
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -46,6 +49,12 @@ from trainers.tasks import choices_task, partial_task
 from trainers.workers import rank_and_processes
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+# A prompt is a template, which a sweep file may give. In the harness' own environment it could
+# reach all of Python through the attributes of a string.
+_sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_sandbox.filters |= harness.env.filters
+harness.env = _sandbox
 
 TOKENS_A_BATCH = 2048
 FEWSHOT_SEED = 1234

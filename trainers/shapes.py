@@ -106,6 +106,42 @@ class Shape:
         """FLOPs of forward and backward: three times the forward pass."""
         return 3 * self.forward_flops(tokens, context)
 
+    def kept_by_layer(self, number: int) -> int:
+        """Bytes that one layer keeps for its backward pass, a token; `number` is the size of a
+        number in bytes, 4 or 2.
+
+        Korthikanti et al. 2022, section 4.1, for transformers' layers: no dropout, norms that
+        compute in fp32, attention that keeps its output and a sum for each head instead of the
+        weights between all tokens (PyTorch's `scaled_dot_product_attention`).
+        """
+        queries = self.num_attention_heads * self.head_dim
+        key_values = self.num_key_value_heads * self.head_dim
+        attention = number * 2 * (queries + key_values) + 4 * self.num_attention_heads
+        if self.family.head_norms:
+            attention += (4 + number) * (queries + key_values)
+        mlp = number * self.intermediate_size * (4 if self.family.gated_mlp else 2)
+        return attention + mlp + len(self.family.norms) * self._kept_by_norm(number)
+
+    def _kept_by_norm(self, number: int) -> int:
+        """With its output, which what comes next keeps."""
+        if self.family.norm_kind.startswith("layer"):
+            return 2 * number * self.hidden_size
+        scaled = 4 if self.family.norm_kind == "rms_plus_one" else number
+        return (4 + scaled + number) * self.hidden_size
+
+    def kept_bytes(self, number: int, checkpointed: bool = False) -> int:
+        """Bytes that the model keeps for its backward pass, a token: all that its layers keep, or
+        their inputs alone where the rest is computed again; the final norm; and the final states
+        as the loss reads them, with their gradient."""
+        layer = number * self.hidden_size if checkpointed else self.kept_by_layer(number)
+        last = self._kept_by_norm(number) + 2 * number * self.hidden_size
+        return self.num_hidden_layers * layer + last
+
+    def passed_by_layer(self, number: int) -> int:
+        """Bytes that come and go, a token, while a layer is computed or passed back: what its MLP
+        holds at once, and the stream around it. Measured on Llama and Nemotron."""
+        return number * (3 * self.intermediate_size + 5 * self.hidden_size)
+
     @property
     def sizes(self) -> Sizes:
         """The sizes that pruning may change."""

@@ -60,8 +60,9 @@ class _Window:
 
     def logits(self, place: slice, hidden_ND: Tensor, head: OutputHead) -> Tensor:
         """The logits at these positions. The window moves to where they are."""
-        start = place.start - place.start % CHUNK_TOKENS
-        if place.stop > start + CHUNK_TOKENS:  # chunks of another size
+        first, end, _ = place.indices(len(hidden_ND))
+        start = first - first % CHUNK_TOKENS
+        if end > start + CHUNK_TOKENS:  # chunks of another size
             return head(hidden_ND[place])
         if self.logits_NV is None or self.start != start:
             wanted_ND = hidden_ND[start : start + CHUNK_TOKENS]
@@ -69,7 +70,7 @@ class _Window:
             fits = into is not None and len(into) >= len(wanted_ND)
             self.logits_NV = head(wanted_ND, into if fits else None)
             self.start = start
-        return self.logits_NV[place.start - start : place.stop - start]
+        return self.logits_NV[first - start : end - start]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Early stopping: who is stopped, when, and on what grounds."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from orchestrator.records import CurvePoint
+from orchestrator.scheduling import Scheduler
+from orchestrator.stopping import HELDOUT, Judge, judge_of
+
+ASHA = Scheduler(method="asha", floor_tokens=100, reduction=3)
+MEDIAN = Scheduler(method="median", floor_tokens=100, at_least=2)
+BOTH = pytest.mark.parametrize("scheduler", [ASHA, MEDIAN], ids=lambda each: each.method)
+
+
+def told(judge: Judge, losses: dict[str, float], tokens: int) -> set[str]:
+    """Who is to stop, of those that measured these losses in this order."""
+    return {name for name, loss in losses.items() if judge.stops(name, tokens, loss)}
+
+
+@BOTH
+def test_nobody_is_stopped_before_the_floor(scheduler: Scheduler) -> None:
+    judge = judge_of(scheduler, 1000)
+    for tokens in (20, 60, 99):
+        assert told(judge, {"a": 1.0, "b": 2.0, "c": 3.0, "d": 90.0}, tokens) == set()
+
+
+@BOTH
+def test_the_worst_is_stopped_and_the_best_never(scheduler: Scheduler) -> None:
+    judge = judge_of(scheduler, 1000)
+    losses = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 5.0, "f": 6.0}
+    stopped = told(judge, losses, 100)
+    assert "f" in stopped
+    for tokens in (200, 300, 600, 900, 1000):
+        assert not judge.stops("a", tokens, 0.5)
+
+
+def test_halving_lets_one_in_three_pass_each_rung() -> None:
+    judge = judge_of(ASHA, 900)
+    order = list(range(27))
+    random.Random(0).shuffle(order)
+    first = {f"t{i}": float(i) for i in order}
+    left = set(first) - told(judge, first, 100)
+    assert {f"t{i}" for i in range(3)} <= left
+    # Who comes early is judged by few: that is what asynchronous means.
+    assert len(left) <= 9 + 8
+    second = {name: first[name] for name in first if name in left}
+    assert "t0" in left - told(judge, second, 300)
+
+
+@BOTH
+def test_a_judge_remembers_what_earlier_runs_measured(scheduler: Scheduler) -> None:
+    names = {"a": 1.0, "b": 1.1, "c": 1.2, "d": 1.3}
+    curves = [
+        CurvePoint(trial_id=name, step=t, tokens=t, name=HELDOUT, value=loss, time_ms=t)
+        for name, loss in names.items()
+        for t in (50, 100)
+    ]
+    fresh, taught = judge_of(scheduler, 1000), judge_of(scheduler, 1000, curves)
+    assert not fresh.stops("new", 100, 9.0)
+    assert taught.stops("new", 100, 9.0)
+
+
+@BOTH
+def test_a_loss_that_is_no_number_is_left_to_the_stage(scheduler: Scheduler) -> None:
+    judge = judge_of(scheduler, 1000)
+    told(judge, {"a": 1.0, "b": 2.0, "c": 3.0}, 100)
+    assert not judge.stops("d", 100, math.nan)
+
+
+def test_without_early_stopping_nobody_is_stopped() -> None:
+    judge = judge_of(Scheduler(), 1000)
+    assert told(judge, {"a": 1.0, "b": 99.0}, 1000) == set()
