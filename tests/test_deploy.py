@@ -178,7 +178,7 @@ def _end_what_runs_in(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# `closest_source` names its sizes, which are those of the smallest models; `early_stopping` measures
+# `closest_source` names its sizes, those of the smallest models; `early_stopping` measures its loss
 # on the way, for which weights must be whole.
 LEFT_OUT = ("closest_source", "early_stopping")
 SWEEPS = [path for path in (ROOT / "sweeps").glob("*.yaml") if path.stem not in LEFT_OUT]
