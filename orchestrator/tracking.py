@@ -98,9 +98,9 @@ def _quiet_environment() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # It prints the server's address, password included, for every run that ends.
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    # What goes wrong is said once, by `close`.
+    # What goes wrong is said once, by `close`; MLflow's own word on a full disk is a traceback.
     for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _new_client(uri: str) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
-from trainers import corpus, workers
+from trainers import checksums, corpus, workers
 from trainers.config import EngineSettings, Training
 from trainers.contract import (
     Interrupted,
@@ -58,6 +58,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.ERROR)
 
+CURVE = "curve.jsonl"
 CURVE_POINTS = 100
 BUCKET = 50_000_000
 """Gradients that are reduced at once: DeepSpeed's default of 5e8 holds 2 GB of fp32 for them."""
@@ -196,12 +197,28 @@ class _Run:
         since: dict[str, list[float]] = {}
         self.tokens_per_step = training.batch_size * blocks_NL.shape[1]
         try:
-            if self._whole.exists():
-                self.step, since = self._load(self._whole.read_text())
+            if (tag := self._sound_checkpoint()) is not None:
+                self.step, since = self._load(tag)
         except BaseException:
             self.free()
             raise
-        self._curve = _Curve(out / "curve.jsonl", self.step, training.steps, since)
+        self._curve = _Curve(out / CURVE, self.step, training.steps, since)
+
+    def _sound_checkpoint(self) -> str | None:
+        """The name of the last whole checkpoint; None where there is none. One that a disk has
+        changed is thrown away with the curve that belongs to it: the training starts anew."""
+        if not self._whole.exists():
+            return None
+        tag = self._whole.read_bytes().decode(errors="replace")
+        sound = checksums.are_right(self._checkpoints / tag, self._rank, self._workers)
+        if not _any_worker(not sound)[0]:
+            return tag
+        workers.wait_for_all()  # all have looked
+        if self._rank == 0:
+            shutil.rmtree(self._checkpoints)
+            (self._checkpoints.parent / CURVE).unlink(missing_ok=True)
+        workers.wait_for_all()
+        return None
 
     def _load(self, tag: str) -> tuple[int, dict[str, list[float]]]:
         """Restore the checkpoint; gives its step and the losses since the curve's last point."""
@@ -216,6 +233,9 @@ class _Run:
             read, state = self._engine.load_checkpoint(str(self._checkpoints), tag)
         if read is None:
             raise StageError(f"the checkpoint {folder} cannot be read: remove {self._checkpoints}")
+        if self._rank == 0 and (folder / CURVE).exists():
+            shutil.copyfile(folder / CURVE, self._checkpoints.parent / CURVE)
+        workers.wait_for_all()
         _set_random_state(folder / f"random{min(self._rank, wrote - 1)}.pt")
         return state["step"], state["since"]
 
@@ -277,7 +297,13 @@ class _Run:
         self._engine.save_checkpoint(
             str(self._checkpoints), tag=tag, client_state=state, save_latest=False
         )
-        torch.save(_random_state(), self._checkpoints / tag / f"random{self._rank}.pt")
+        folder = self._checkpoints / tag
+        torch.save(_random_state(), folder / f"random{self._rank}.pt")
+        if self._rank == 0:
+            # The curve goes on being written; what belongs to this step stays beside its weights.
+            shutil.copyfile(self._curve.path, folder / CURVE)
+        workers.wait_for_all()
+        checksums.write(folder, self._rank, self._workers)
         workers.wait_for_all()
         if self._rank == 0:
             self._keep_only(tag)
@@ -588,7 +614,7 @@ class _Curve:
     """
 
     def __init__(self, path: Path, step: int, steps: int, since: dict[str, list[float]]) -> None:
-        self._path = path
+        self.path = path
         self._every = max(1, steps // CURVE_POINTS)
         self._steps = steps
         self.since = since
@@ -614,4 +640,4 @@ class _Curve:
         self._rows += [{**stamp, "name": name, "value": value} for name, value in values.items()]
 
     def flush(self) -> None:
-        write_rows(self._path, self._rows)
+        write_rows(self.path, self._rows)
