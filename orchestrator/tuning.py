@@ -37,6 +37,8 @@ from trainers.contract import StageContext
 
 LOOK_EVERY_S = 0.5
 """How often a worker looks whether to stop."""
+REASON_LENGTH = 300
+"""Of what Ray says of a dead worker: the rest is in the log."""
 REPORT_EVERY_S = 2.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
 
@@ -499,7 +501,7 @@ def _callback(desk: _Desk) -> Any:
             # Tune's own getter looks where the file has not been uploaded to yet.
             path = Path(trial.error_file) if trial.error_file else None
             trace = path.read_text() if path and path.exists() else "no error was recorded"
-            reason = f"the worker died: {trace.strip().splitlines()[-1]}"
+            reason = f"the worker died: {trace.strip().splitlines()[-1]}"[:REASON_LENGTH]
             desk.worker_died(trial.config["jobs"], reason, trace)
 
     return Events()

@@ -308,11 +308,33 @@ def test_a_kill_between_curve_and_checkpoint_leaves_no_point_twice(
         patch.setattr(engine.deepspeed.DeepSpeedEngine, "save_checkpoint", killed_at_4)
         train(Bigram(), settings_of(), tmp_path / "out", None, ALWAYS)
     assert [step for step, _, _ in curve(tmp_path / "out")] == [1, 2, 3, 4]
-    objective = Bigram()
-    trained = train(objective, settings_of(), tmp_path / "out")
+    objective, heard = Bigram(), StopAt(-1, RuntimeError())
+    trained = train(objective, settings_of(), tmp_path / "out", heard)
+    assert heard.done[0] == 4, "the checkpoint of step 3 is as good as it was"
     assert_undisturbed(
         (objective, trained), tmp_path / "out", settings_of(), tmp_path / "undisturbed"
     )
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "random0.pt", "curve.jsonl"])
+def test_a_damaged_checkpoint_is_noticed_and_the_run_starts_anew(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    with pytest.raises(Interrupted):
+        train(Bigram(), settings_of(), tmp_path / "out", StopAt(5, Interrupted()))
+    file = tmp_path / "out" / "checkpoints" / "step5" / name
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    file.write_bytes(flipped if how == "flip" else whole[:middle])
+    if how == "remove":
+        file.unlink()
+    objective, heard = Bigram(), StopAt(-1, RuntimeError())
+    trained = train(objective, settings_of(), tmp_path / "out", heard)
+    assert heard.done[0] == 1
+    found, undisturbed = (objective, trained), tmp_path / "undisturbed"
+    assert_undisturbed(found, tmp_path / "out", settings_of(), undisturbed)
 
 
 def test_one_checkpoint_is_kept_while_running_and_none_at_the_end(tmp_path: Path) -> None:

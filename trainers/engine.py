@@ -346,7 +346,7 @@ def micro_batch_size(training: Training, processes: int) -> int:
         )
     share = batch // processes
     if micro and share % micro:
-        allowed = [size for size in range(1, share + 1) if share % size == 0]
+        allowed = [size for size in range(1, min(share, 1024) + 1) if share % size == 0]
         raise StageError(
             f"micro_batch_size {micro} does not divide the {share} sequences that each of "
             f"{processes} workers takes of batch_size {batch}; allowed: {allowed}"
