@@ -1,14 +1,15 @@
 """What asynchronous successive halving saves, and what it costs in the winner.
 
     python benchmarks/early_stopping.py --json                    on the recorded curves
+    python benchmarks/early_stopping.py --through-ray --json      and one seed for real (4 minutes)
     python benchmarks/early_stopping.py --run --json              on curves made now (20 minutes)
 
 The whole grid of `sweeps/early_stopping.yaml` (16 configurations of the `tiny` profile, 5 seeds,
 each with a teacher of its own) measures its held-out loss every 20 steps. For each seed the 16
 curves are then told to the judge that a sweep asks, as `--workers` workers of equal speed would
 have measured them, and who is stopped is cut off. Training is deterministic, so this is what a
-sweep with `scheduler: {method: asha}` does; with `--run` one seed is also run that way through
-Ray, and must leave every trial that it completed with the loss of the whole grid.
+sweep with `scheduler: {method: asha}` does. With `--through-ray` one seed is also run that way,
+and every trial that it completes must come to the loss that it has in the whole grid.
 
 `tokens_vs_grid`: tokens of distillation with stopping over tokens without, a mean over seeds.
 `loss_gap`: how far the held-out loss of the winner is above that of the grid's winner, as a
@@ -125,16 +126,16 @@ def main() -> None:
     )
     parser.add_argument("--curves", type=Path, default=RECORDED, help="folder of a sweep's results")
     parser.add_argument("--run", action="store_true", help="make the curves now")
+    parser.add_argument("--through-ray", action="store_true", help="run one seed for real, too")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     scheduler = load(SWEEP).scheduler.model_copy(update={"method": "asha"})
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.run:
-            records = run_sweep(Path(folder) / "grid")
+        grid = Path(folder) / "grid"
+        records = run_sweep(grid) if arguments.run else read_parquet(arguments.curves)
+        if arguments.through_ray:
             check_real(records, Path(folder) / "asha")
-        else:
-            records = read_parquet(arguments.curves)
     outcomes = {
         seed: stopped_early(curves, scheduler, arguments.workers)
         for seed, curves in sorted(curves_of(records).items())
