@@ -497,6 +497,9 @@ def _callback(desk: _Desk) -> Any:
             elif "progress" in result:
                 desk.advanced(job, result)
 
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            trial.config["work"] = ""  # Tune keeps its trials for ever; this is most of one
+
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             # Tune's own getter looks where the file has not been uploaded to yet.
             path = Path(trial.error_file) if trial.error_file else None
