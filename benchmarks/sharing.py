@@ -20,6 +20,7 @@ sweep's also contains pruning, evaluation, the report and MLflow.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -268,6 +269,8 @@ def main() -> None:
     if arguments.script:
         be_a_script(*arguments.script)
         return
+    if importlib.util.find_spec("trl") is None:
+        parser.error("the scripts need TRL: see benchmarks/requirements-peers.txt")
     found: dict[str, float] = {}
     if arguments.only != "tiny":
         large = compare(Size(30, 11, arguments.steps, 2, 512, tiny=False))

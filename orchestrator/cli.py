@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,28 +17,19 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator import plan as planning
 from orchestrator.faults import explain, is_infrastructure
-from orchestrator.growth import growth_of, objectives_of, plan_with
+from orchestrator.growth import plan_with
 from orchestrator.leases import Lease, LeaseHeldError
+from orchestrator.outline import describe, show_plan
 from orchestrator.plan import SweepPlan
 from orchestrator.spec import SpecError, Sweep, load
 from orchestrator.storage import open_store
-from orchestrator.store import DamagedArtifactError, Store
+from orchestrator.store import Store
 
 if TYPE_CHECKING:
-    from orchestrator.jobs import Job
-    from orchestrator.ledger import Ledger
-    from orchestrator.plan import TrialPlan
     from orchestrator.records import Records, TrialRecord
-    from orchestrator.selection import Ranking
-    from orchestrator.space import LeftOut
-    from orchestrator.stopping import Judge
-    from orchestrator.tracking import Mirror
-    from orchestrator.tuning import Place
 
 INVALID, FAILED, INTERRUPTED = 2, 1, 130
-LEFT_OUT_SHOWN = 10
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -119,7 +108,7 @@ def run(
     """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped."""
     loaded, planned = _plan(sweep, profile, overrides, results)
     if dry_run:
-        _print_plan(loaded, planned, _store(results, loaded), results)
+        show_plan(out, loaded, planned, _store(results, loaded), _ended(results, loaded))
         return
     results = _writable(results)  # absolute: workers run in folders of their own
     store = _store(results, loaded, writing=True)
@@ -127,7 +116,7 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Lease(folder / ".running", on_lost=_taken_over).at_once():
-            status = _run(loaded, planned, store, results, address, max_concurrent, _command())
+            status = _run(loaded, planned, store, results, address, max_concurrent)
     except LeaseHeldError as error:
         _refuse(f"{folder}: this sweep is running already, in another process ({error})")
     except Exception as error:
@@ -153,9 +142,10 @@ def plan(
     loaded, planned = _plan(sweep, profile, overrides, results)
     store = _store(results, loaded)
     if as_json:
-        click.echo(json.dumps(_plan_as_json(loaded, planned, store, results), indent=1))
+        described = describe(loaded, planned, store, _ended(results, loaded))
+        click.echo(json.dumps(described, indent=1))
     else:
-        _print_plan(loaded, planned, store, results)
+        show_plan(out, loaded, planned, store, _ended(results, loaded))
 
 
 @app.command()
@@ -173,7 +163,9 @@ def report(sweep: Path, profile: str | None, overrides: tuple[str, ...], results
     """Write tables, figures, report.html and best.json again from the parquet files."""
     loaded, _ = _plan(sweep, profile, overrides, results)
     folder = _recorded_folder(results, loaded)
-    _write_report(_read(folder), loaded, folder)
+    from orchestrator.publishing import write_report
+
+    write_report(_read(folder), loaded, folder)
     out.print(f"written: {folder}/report.html, tables/, figures/, best.json")
 
 
@@ -192,20 +184,15 @@ def best(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: 
 @_sweep_options
 def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Copy a finished sweep's small files to results/published, to be committed."""
+    from orchestrator import publishing
+
     loaded, _ = _plan(sweep, profile, overrides, results)
     folder = results / loaded.name / loaded.profile
     if not (folder / "trials.parquet").exists():
         _refuse(f"{folder}: nothing to publish; run the sweep first")
+    _read(folder)
     target = results / "published" / loaded.name / loaded.profile
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for file in folder.glob("*.parquet"):
-        shutil.copyfile(file, target / file.name)
-    # All else is made anew from the records, with paths as they are from there.
-    ran = load(folder / "sweep.yaml")
-    (target / "sweep.yaml").write_text(ran.dump_yaml(relative_to=target.resolve()))
-    _write_report(_read(target), ran, target)
-    files = [file for file in target.rglob("*") if file.is_file()]
+    files = publishing.publish(folder, target)
     size = sum(file.stat().st_size for file in files) / 1e6
     out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
 
@@ -315,9 +302,6 @@ def ui(results: Path, port: int) -> None:
     os.execv(command[0], command)
 
 
-# --- running ---------------------------------------------------------------------------------
-
-
 def _run(
     sweep: Sweep,
     planned: SweepPlan,
@@ -325,276 +309,17 @@ def _run(
     results: Path,
     address: str | None,
     max_concurrent: int | None,
-    command: str,
 ) -> int:
-    from orchestrator.jobs import make_jobs
-    from orchestrator.ledger import Ledger
-    from orchestrator.records import write_parquet
-    from orchestrator.tracking import Mirror, artifact_location, tracking_uri
-    from orchestrator.tuning import Place
+    """The exit status of a run."""
+    from orchestrator import running
+    from orchestrator.tuning import NoRoomError
 
-    place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)
-    (place.folder / "sweep.yaml").write_text(sweep.dump_yaml(relative_to=place.folder))
-    ledger = Ledger(place.folder / "ledger.jsonl")
-    resolved = (place.folder / "sweep.yaml").read_text()
-    mirror = Mirror(
-        tracking_uri(results),
-        artifact_location(results),
-        sweep.name,
-        sweep.profile,
-        resolved,
-        ledger.tracked,
-    )
-    jobs = make_jobs(planned, _finished(sweep, ledger), store, sweep.resources)
-    _greet(sweep, planned, len(planned.trials) - sum(not job.shared for job in jobs))
-    interrupted = False
-    if jobs or sweep.grows:
-        interrupted = _run_jobs(
-            jobs, planned, place, ledger, mirror, sweep, address, max_concurrent
-        )
-        # What a race went on to, or a search proposed, is known only now.
-        planned = plan_with(sweep, ledger.trials())
-    if not interrupted and (again := _winner_to_rebuild(sweep, planned, ledger, store)):
-        interrupted = _run_jobs(
-            again, planned, place, ledger, mirror, sweep, address, max_concurrent
-        )
-    order = [trial.trial.trial_id for trial in planned.trials]
-    records = _as_asked(ledger.records(sweep.name, sweep.profile, order), planned)
-    write_parquet(records, place.folder)
-    ranking = _write_report(records, sweep, place.folder, command)
-    _copy_winner(ranking, planned, place)
-    mirror.finish(place.folder, records)
-    warnings = mirror.close()
-    tracked = ledger.records(sweep.name, sweep.profile, order)
-    write_parquet(_as_asked(tracked, planned), place.folder)
-    _close(records, ranking, place, warnings, sweep)
-    if interrupted:
-        out.print("interrupted; the same command goes on from here")
-        return INTERRUPTED
-    mine = set(order)
-    return FAILED if any(t.status == "failed" and t.trial_id in mine for t in records.trials) else 0
-
-
-def _run_jobs(
-    jobs: Sequence[Job],
-    planned: SweepPlan,
-    place: Place,
-    ledger: Ledger,
-    mirror: Mirror,
-    sweep: Sweep,
-    address: str | None,
-    max_concurrent: int | None,
-) -> bool:
-    """Whether the run was interrupted."""
-    from orchestrator import tuning
-    from orchestrator.jobs import make_jobs
-    from orchestrator.progress import Board
-
-    board = Board(out, _titles(jobs, planned))
-    begun = {job.job_id for job in jobs}
-    growth = growth_of(sweep, ledger.trials(), place.folder)
-
-    def more(idle: bool) -> Sequence[Job]:
-        """The jobs that the trials that have ended make possible."""
-        ended = ledger.trials()
-        grown = growth.grown(ended, idle)
-        if grown is None:
-            return ()
-        left = make_jobs(grown, set(ended), place.store, sweep.resources)
-        found = [job for job in left if job.job_id not in begun]
-        begun.update(job.job_id for job in found)
-        board.add(_titles(found, grown))
-        return found
-
+    options = running.Options(address, max_concurrent, _command())
     try:
-        with board.shown():
-            summary = tuning.run(
-                jobs,
-                place,
-                ledger,
-                mirror,
-                board,
-                sweep.resources,
-                address,
-                max_concurrent,
-                more,
-                _judge(sweep, planned, ledger),
-            )
-    except KeyboardInterrupt:
-        return True
-    except tuning.NoRoomError as error:
+        outcome = running.run(sweep, planned, store, results, options, out)
+    except NoRoomError as error:
         _refuse(str(error))
-    finally:
-        growth.close(ledger.trials())
-    return summary.interrupted
-
-
-def _judge(sweep: Sweep, planned: SweepPlan, ledger: Ledger) -> Judge:
-    """Who stops trials early; what earlier runs of the sweep measured is told again."""
-    from orchestrator.stopping import judge_of
-
-    lengths = [trial.tokens_trained for trial in planned.trials]
-    baselines = {t.trial_id for t in ledger.trials().values() if t.baseline is not None}
-    curves = ledger.records(sweep.name, sweep.profile).curves if sweep.scheduler.stops else ()
-    measured = [point for point in curves if point.trial_id not in baselines]
-    return judge_of(sweep.scheduler, max(lengths, default=0), measured)
-
-
-def _titles(jobs: Sequence[Job], planned: SweepPlan) -> dict[str, str]:
-    return {
-        job.job_id: f"{job.nodes[0].kind} for {planned.asked_by[job.job_id]} trials"
-        if job.shared
-        else job.trial.trial.label
-        for job in jobs
-    }
-
-
-def _finished(sweep: Sweep, ledger: Ledger) -> set[str]:
-    """Trials that need not run again. Where the sweep stops none early, one that was goes on."""
-    return ledger.finished_trials(stopped=sweep.scheduler.stops)
-
-
-def _as_asked(records: Records, planned: SweepPlan) -> Records:
-    """The records under the names that the sweep gives its trials now: it may have gained axes
-    since they ran. Those that it does not ask for any more are marked."""
-    asked = {each.trial.trial_id: each.trial for each in planned.trials}
-    trials = [
-        replace(trial, axes=dict(now.axes), baseline=now.baseline)
-        if (now := asked.get(trial.trial_id)) is not None
-        else replace(trial, in_sweep=False)
-        for trial in records.trials
-    ]
-    return replace(records, trials=tuple(trials))
-
-
-def _greet(sweep: Sweep, planned: SweepPlan, done: int) -> None:
-    out.print(_headline(sweep))
-    for line in _left_out(planned.left_out):
-        out.print(f"  {escape(line)}")
-    out.print(f"{len(planned.trials)} trials, {done} of them done already")
-    for line in _to_come(sweep):
-        out.print(line)
-
-
-def _to_come(sweep: Sweep) -> list[str]:
-    """What the sweep will be given while it runs."""
-    later = [f"then, in the rung {escape(r.name)}: those that the rung before chooses"
-             for r in sweep.scheduler.rungs[1:]]  # fmt: skip
-    search, seeds = sweep.search, len(sweep.seeds)
-    if search.method != "grid":
-        goals = ", ".join(f"{each.metric} ({each.mode})" for each in objectives_of(sweep))
-        later.append(
-            f"then up to {search.trials} configurations proposed by {search.method}, with "
-            f"{seeds} seed{'s' * (seeds > 1)} each, for {goals}"
-        )
-    if sweep.scheduler.stops:
-        later.append(
-            f"{sweep.scheduler.method} may stop a trial by its held-out loss after "
-            f"{sweep.scheduler.floor_tokens:,} tokens"
-        )
-    return later
-
-
-def _headline(sweep: Sweep) -> str:
-    profile = f"at profile [bold]{sweep.profile}[/]"
-    return f"[bold]{sweep.name}[/] {profile}: {escape(sweep.question)}"
-
-
-def _left_out(left_out: Sequence[LeftOut]) -> list[str]:
-    """A line for each combination that makes no trial; of many, the first and their number."""
-    lines = [f"left out: {dict(left.assignment)}: {left.reason}" for left in left_out]
-    shown = lines if len(lines) <= LEFT_OUT_SHOWN else lines[: LEFT_OUT_SHOWN // 2]
-    more = len(lines) - len(shown)
-    return shown + ([f"… and {more} more left out; all stand in plan --json"] if more else [])
-
-
-def _write_report(
-    records: Records, sweep: Sweep, folder: Path, command: str | None = None
-) -> Ranking | None:
-    from orchestrator import report as reporting
-
-    return reporting.write(
-        records.asked,
-        folder,
-        sweep.question,
-        sweep.select.metric,
-        sweep.select.mode,
-        command or f"orchestrate sweeps/{sweep.name}.yaml --profile {sweep.profile}",
-        sweep.claims,
-        sweep.finalists,
-    )
-
-
-def _winner_to_rebuild(
-    sweep: Sweep, planned: SweepPlan, ledger: Ledger, store: Store
-) -> Sequence[Job]:
-    """The jobs that make the winner's checkpoint again where it was lost or damaged: its trial
-    is finished, so that nothing else would."""
-    from orchestrator.jobs import make_jobs
-    from orchestrator.selection import rank
-
-    ids = {trial.trial.trial_id for trial in planned.trials}
-    records = ledger.records(sweep.name, sweep.profile)
-    won = _won(rank(records, sweep.select.metric, sweep.select.mode, sweep.finalists), planned)
-    if won is None or store.found(won.student.stage_id) is not None:
-        return ()
-    out.print("the checkpoint of the winner was lost or damaged, and is made again")
-    return make_jobs(planned, ids - {won.trial.trial_id}, store, sweep.resources)
-
-
-def _won(ranking: Ranking | None, planned: SweepPlan) -> TrialPlan | None:
-    from orchestrator.selection import winner
-
-    chosen = winner(ranking)
-    if chosen is None:
-        return None
-    # It may be of an earlier, larger form of this sweep.
-    return next((t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None)
-
-
-def _copy_winner(ranking: Ranking | None, planned: SweepPlan, place: Place) -> None:
-    """`best/`: the winner's checkpoint as a folder of its own, replaced whole."""
-    won = _won(ranking, planned)
-    if won is None:
-        return
-    model = won.student
-    try:
-        place.store.fetch(model.stage_id)
-    except DamagedArtifactError as error:
-        out.print(f"[yellow]warning[/]: best/ stays as it was: {escape(str(error))}")
-        return
-    beside, target = place.folder / "best.part", place.folder / "best"
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(place.store.path(model.stage_id) / "model", beside)
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
-
-
-def _close(
-    records: Records,
-    ranking: Ranking | None,
-    place: Place,
-    warnings: Sequence[str],
-    sweep: Sweep,
-) -> None:
-    """The last lines: the table, the winner, failures, and where to look next."""
-    from orchestrator import report as reporting
-    from orchestrator.claims import judge
-    from orchestrator.progress import claims_table, outcome_table
-    from orchestrator.selection import winner
-
-    chosen = winner(ranking)
-    out.print(outcome_table(ranking, chosen))
-    if sweep.claims:
-        out.print(claims_table(judge(records.asked, sweep.claims)))
-    for trial in records.trials:
-        if trial.status == "failed":
-            out.print(f"[red]failed[/] {trial.trial_id}: {escape(str(trial.reason))}")
-    for warning in warnings:
-        out.print(f"[yellow]MLflow[/]: {escape(warning)}")
-    out.print(escape(reporting.summary(chosen, sweep.select.metric)))
-    out.print(f"report: {place.folder}/report.html   winner: {place.folder}/best")
-    out.print("compare runs: orchestrate ui")
+    return INTERRUPTED if outcome.interrupted else FAILED if outcome.failed else 0
 
 
 # --- planning --------------------------------------------------------------------------------
@@ -606,7 +331,7 @@ def _plan(
     """The sweep and its plan, with those rungs of a race that are decided already."""
     try:
         loaded = load(sweep, profile, overrides, results)
-        return loaded, plan_with(loaded, _ended(results / loaded.name / loaded.profile))
+        return loaded, plan_with(loaded, _ended(results, loaded))
     except SpecError as error:
         _refuse(*error.messages)
 
@@ -620,13 +345,14 @@ def _named(sweep: Path, profile: str | None, results: Path) -> tuple[str, str]:
     return loaded.name, loaded.profile
 
 
-def _ended(folder: Path) -> dict[str, TrialRecord]:
-    """Trials of a results folder that completed or were stopped, by id."""
-    if not (folder / "ledger.jsonl").exists():
+def _ended(results: Path, sweep: Sweep) -> dict[str, TrialRecord]:
+    """Trials of a sweep that completed or were stopped, by id."""
+    ledger = results / sweep.name / sweep.profile / "ledger.jsonl"
+    if not ledger.exists():
         return {}
     from orchestrator.ledger import Ledger
 
-    trials = Ledger(folder / "ledger.jsonl").trials()
+    trials = Ledger(ledger).trials()
     return {id_: trial for id_, trial in trials.items() if trial.status != "failed"}
 
 
@@ -690,53 +416,6 @@ def _read(folder: Path) -> Records:
 
 def _command() -> str:
     return "orchestrate " + " ".join(sys.argv[1:])
-
-
-def _print_plan(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> None:
-    from orchestrator.progress import plan_table
-
-    described = _plan_as_json(sweep, planned, store, results)
-    out.print(_headline(sweep))
-    for table in plan_table(described, out.width):
-        out.print(table)
-    for line in _left_out(planned.left_out):
-        out.print(escape(line))
-    for line in _to_come(sweep):
-        out.print(line)
-    total = described["total"]
-    out.print(
-        f"{total['trials']} trials ({total['trials_done']} done), {total['stages']} stages "
-        f"({total['stages_stored']} stored), {total['tokens']:,} tokens, {total['flops']:.3g} "
-        "FLOPs; work shared between trials counts once, questions are not counted"
-    )
-    if total["cache_bytes"]:
-        out.print(f"caches of teacher outputs: {total['cache_bytes'] / 1e9:.3g} GB of disk")
-    if total["gpu_hours"] is not None:
-        used = sweep.resources
-        out.print(
-            f"{total['gpu_hours']:,.0f} GPU-hours, shared work once, at {used.utilisation:.0%} of "
-            f"{used.peak_tflops:g} TFLOPS; {used.workers} workers of {used.gpus_per_worker:g} GPU"
-        )
-    for line in map(_warning, described["warnings"]):
-        out.print(f"[yellow]warning[/]: {escape(line)}")
-
-
-def _plan_as_json(sweep: Sweep, planned: SweepPlan, store: Store, results: Path) -> dict[str, Any]:
-    stored = {n.stage_id for n in planned.nodes() if store.manifest(n.stage_id) is not None}
-    ended = _ended(results / sweep.name / sweep.profile)
-    over = ("completed", "stopped") if sweep.scheduler.stops else ("completed",)
-    done = {id_ for id_, trial in ended.items() if trial.status in over}
-    found = planning.describe(
-        planned, sweep.resources, done, stored, lambda stage_id: str(store.path(stage_id))
-    )
-    return {"sweep": sweep.name, "profile": sweep.profile, **found}
-
-
-def _warning(warning: Mapping[str, Any]) -> str:
-    """The sentence, after the trials that it is true of; of many, the first and their number."""
-    labels = warning["labels"]
-    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-    return f"{labels[0]}{more}: {warning['text']}"
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ LOOK_EVERY_S = 0.5
 """How often a worker looks whether to stop."""
 REASON_LENGTH = 300
 """Of what Ray says of a dead worker: the rest is in the log."""
-REPORT_EVERY_S = 2.0
+REPORT_EVERY_S = 4.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
 
 

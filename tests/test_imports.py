@@ -20,6 +20,9 @@ SPEC = {
 # Module of orchestrator -> modules of orchestrator it may import.
 ORCHESTRATOR: dict[str, set[str] | str] = {
     "cli": EVERYTHING,
+    "running": EVERYTHING,
+    "publishing": {"records", "report", "selection", "spec"},
+    "outline": {"growth", "plan", "progress", "space", "spec", "store"},
     "tuning": {
         "execute", "faults", "jobs", "ledger", "plan", "space", "spec", "records", "stages",
         "steps", "cluster", "stopping", "storage", "store", "tracking", "workers",

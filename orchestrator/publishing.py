@@ -1,0 +1,43 @@
+"""The files of a results folder that people read: written from its records, and published."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from orchestrator import report
+from orchestrator.records import Records, read_parquet
+from orchestrator.selection import Ranking
+from orchestrator.spec import Sweep, load
+
+
+def write_report(
+    records: Records, sweep: Sweep, folder: Path, command: str | None = None
+) -> Ranking | None:
+    """Tables, figures, page and best.json of the trials that the sweep asks for."""
+    return report.write(
+        records.asked,
+        folder,
+        sweep.question,
+        sweep.select.metric,
+        sweep.select.mode,
+        command or f"orchestrate sweeps/{sweep.name}.yaml --profile {sweep.profile}",
+        sweep.claims,
+        sweep.finalists,
+    )
+
+
+def publish(folder: Path, target: Path) -> list[Path]:
+    """Copy the small files of a finished sweep's folder to `target`, which is replaced; gives them.
+
+    Raises `ValueError` where the records cannot be read.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in folder.glob("*.parquet"):
+        shutil.copyfile(file, target / file.name)
+    # All else is made anew from the records, with paths as they are from there.
+    ran = load(folder / "sweep.yaml")
+    (target / "sweep.yaml").write_text(ran.dump_yaml(relative_to=target.resolve()))
+    write_report(read_parquet(target), ran, target)
+    return [file for file in target.rglob("*") if file.is_file()]

@@ -1,0 +1,236 @@
+"""One run of a sweep, from its plan to its report: what is left is run, all of it is recorded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from orchestrator import report as reporting
+from orchestrator import tuning
+from orchestrator.claims import judge
+from orchestrator.growth import growth_of, plan_with
+from orchestrator.jobs import Job, make_jobs
+from orchestrator.ledger import Ledger
+from orchestrator.outline import greet
+from orchestrator.plan import SweepPlan, TrialPlan
+from orchestrator.progress import Board, claims_table, outcome_table
+from orchestrator.publishing import write_report
+from orchestrator.records import Records, write_parquet
+from orchestrator.selection import Ranking, rank, winner
+from orchestrator.spec import Sweep
+from orchestrator.stopping import Judge, judge_of
+from orchestrator.store import DamagedArtifactError, Store
+from orchestrator.tracking import Mirror, artifact_location, tracking_uri
+from orchestrator.tuning import Place
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: the Ray cluster to join (a local one if None), how many trials at a time, the
+    command that the report names."""
+
+    address: str | None = None
+    max_concurrent: int | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the trials that the sweep asks for now."""
+
+    interrupted: bool
+    failed: int
+
+
+def run(
+    sweep: Sweep, planned: SweepPlan, store: Store, results: Path, options: Options, out: Console
+) -> Outcome:
+    """Run what is left of a sweep, then write records, report and winner.
+
+    `results` is absolute: workers run in folders of their own. Raises `tuning.NoRoomError` before
+    anything starts where no worker of the size asked for has room.
+    """
+    place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)
+    (place.folder / "sweep.yaml").write_text(sweep.dump_yaml(relative_to=place.folder))
+    ledger = Ledger(place.folder / "ledger.jsonl")
+    mirror = Mirror(
+        tracking_uri(results),
+        artifact_location(results),
+        sweep.name,
+        sweep.profile,
+        (place.folder / "sweep.yaml").read_text(),
+        ledger.tracked,
+    )
+    this = _Run(sweep, place, ledger, mirror, options, out)
+    planned, interrupted = this.trials(planned)
+    return this.finish(planned, interrupted)
+
+
+@dataclass(frozen=True)
+class _Run:
+    sweep: Sweep
+    place: Place
+    ledger: Ledger
+    mirror: Mirror
+    options: Options
+    out: Console
+
+    def trials(self, planned: SweepPlan) -> tuple[SweepPlan, bool]:
+        """Run what is left; the plan with what came to it, and whether it was interrupted."""
+        # Where the sweep stops no trial early, one that was stopped goes on.
+        finished = self.ledger.finished_trials(stopped=self.sweep.scheduler.stops)
+        jobs = self.jobs(planned, finished)
+        left = sum(not job.shared for job in jobs)
+        greet(self.out, self.sweep, planned, len(planned.trials) - left)
+        interrupted = False
+        if jobs or self.sweep.grows:
+            interrupted = self.run_jobs(jobs, planned)
+            # What a race went on to, or a search proposed, is known only now.
+            planned = plan_with(self.sweep, self.ledger.trials())
+        if not interrupted and (again := self.winner_to_rebuild(planned)):
+            interrupted = self.run_jobs(again, planned)
+        return planned, interrupted
+
+    def jobs(self, planned: SweepPlan, finished: set[str]) -> list[Job]:
+        return list(make_jobs(planned, finished, self.place.store, self.sweep.resources))
+
+    def run_jobs(self, jobs: Sequence[Job], planned: SweepPlan) -> bool:
+        """Whether the run was interrupted."""
+        board = Board(self.out, _titles(jobs, planned))
+        begun = {job.job_id for job in jobs}
+        growth = growth_of(self.sweep, self.ledger.trials(), self.place.folder)
+
+        def more(idle: bool) -> Sequence[Job]:
+            """The jobs that the trials that have ended make possible."""
+            ended = self.ledger.trials()
+            grown = growth.grown(ended, idle)
+            if grown is None:
+                return ()
+            found = [job for job in self.jobs(grown, set(ended)) if job.job_id not in begun]
+            begun.update(job.job_id for job in found)
+            board.add(_titles(found, grown))
+            return found
+
+        try:
+            with board.shown():
+                summary = tuning.run(
+                    jobs,
+                    self.place,
+                    self.ledger,
+                    self.mirror,
+                    board,
+                    self.sweep.resources,
+                    self.options.address,
+                    self.options.max_concurrent,
+                    more,
+                    self.judge(planned),
+                )
+        except KeyboardInterrupt:
+            return True
+        finally:
+            growth.close(self.ledger.trials())
+        return summary.interrupted
+
+    def judge(self, planned: SweepPlan) -> Judge:
+        """Who stops trials early; what earlier runs of the sweep measured is told again."""
+        sweep, ledger = self.sweep, self.ledger
+        lengths = [trial.tokens_trained for trial in planned.trials]
+        baselines = {t.trial_id for t in ledger.trials().values() if t.baseline is not None}
+        curves = ledger.records(sweep.name, sweep.profile).curves if sweep.scheduler.stops else ()
+        measured = [point for point in curves if point.trial_id not in baselines]
+        return judge_of(sweep.scheduler, max(lengths, default=0), measured)
+
+    def winner_to_rebuild(self, planned: SweepPlan) -> Sequence[Job]:
+        """The jobs that make the winner's checkpoint again where it was lost or damaged: its trial
+        is finished, so that nothing else would."""
+        ids = {trial.trial.trial_id for trial in planned.trials}
+        records = self.ledger.records(self.sweep.name, self.sweep.profile)
+        select = self.sweep.select
+        won = _won(rank(records, select.metric, select.mode, self.sweep.finalists), planned)
+        if won is None or self.place.store.found(won.student.stage_id) is not None:
+            return ()
+        self.out.print("the checkpoint of the winner was lost or damaged, and is made again")
+        return self.jobs(planned, ids - {won.trial.trial_id})
+
+    def finish(self, planned: SweepPlan, interrupted: bool) -> Outcome:
+        """Write everything from the ledger, and say how it ended."""
+        records = self.records(planned)
+        write_parquet(records, self.place.folder)
+        ranking = write_report(records, self.sweep, self.place.folder, self.options.command)
+        self.copy_winner(ranking, planned)
+        self.mirror.finish(self.place.folder, records)
+        warnings = self.mirror.close()
+        write_parquet(self.records(planned), self.place.folder)  # with the ids of MLflow's runs
+        self.close(records, ranking, warnings)
+        if interrupted:
+            self.out.print("interrupted; the same command goes on from here")
+        mine = {trial.trial.trial_id for trial in planned.trials}
+        failed = [t for t in records.trials if t.status == "failed" and t.trial_id in mine]
+        return Outcome(interrupted, len(failed))
+
+    def records(self, planned: SweepPlan) -> Records:
+        """The records under the names that the sweep gives its trials now: it may have gained axes
+        since they ran. Those that it does not ask for any more are marked."""
+        asked = {each.trial.trial_id: each.trial for each in planned.trials}
+        records = self.ledger.records(self.sweep.name, self.sweep.profile, list(asked))
+        trials = [
+            replace(trial, axes=dict(now.axes), baseline=now.baseline)
+            if (now := asked.get(trial.trial_id)) is not None
+            else replace(trial, in_sweep=False)
+            for trial in records.trials
+        ]
+        return replace(records, trials=tuple(trials))
+
+    def copy_winner(self, ranking: Ranking | None, planned: SweepPlan) -> None:
+        """`best/`: the winner's checkpoint as a folder of its own, replaced whole."""
+        won = _won(ranking, planned)
+        if won is None:
+            return
+        store, model = self.place.store, won.student
+        try:
+            store.fetch(model.stage_id)
+        except DamagedArtifactError as error:
+            self.out.print(f"[yellow]warning[/]: best/ stays as it was: {escape(str(error))}")
+            return
+        beside, target = self.place.folder / "best.part", self.place.folder / "best"
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(store.path(model.stage_id) / "model", beside)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+
+    def close(self, records: Records, ranking: Ranking | None, warnings: Sequence[str]) -> None:
+        """The last lines: the table, the winner, failures, and where to look next."""
+        out, chosen = self.out, winner(ranking)
+        out.print(outcome_table(ranking, chosen))
+        if self.sweep.claims:
+            out.print(claims_table(judge(records.asked, self.sweep.claims)))
+        for trial in records.trials:
+            if trial.status == "failed":
+                out.print(f"[red]failed[/] {trial.trial_id}: {escape(str(trial.reason))}")
+        for warning in warnings:
+            out.print(f"[yellow]MLflow[/]: {escape(warning)}")
+        out.print(escape(reporting.summary(chosen, self.sweep.select.metric)))
+        out.print(f"report: {self.place.folder}/report.html   winner: {self.place.folder}/best")
+        out.print("compare runs: orchestrate ui")
+
+
+def _titles(jobs: Sequence[Job], planned: SweepPlan) -> Mapping[str, str]:
+    return {
+        job.job_id: f"{job.nodes[0].kind} for {planned.asked_by[job.job_id]} trials"
+        if job.shared
+        else job.trial.trial.label
+        for job in jobs
+    }
+
+
+def _won(ranking: Ranking | None, planned: SweepPlan) -> TrialPlan | None:
+    chosen = winner(ranking)
+    if chosen is None:
+        return None
+    # It may be of an earlier, larger form of this sweep.
+    return next((t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None)
