@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers import corpus, language
-from trainers.config import GeneratedCorpus, TextCorpus
+from trainers import corpus, language, tokenized
+from trainers.config import GeneratedCorpus, HubCorpus, TextCorpus
 from trainers.contract import StageError
 
 SPLITS = ("calibration", "training", "heldout")
@@ -32,6 +34,21 @@ def texts(tmp_path: Path) -> TextCorpus:
         block_length=10,
         calibration_blocks=5,
         heldout_blocks=4,
+    )
+
+
+@pytest.fixture
+def hub(texts: TextCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCorpus:
+    """The same lines as a data set, read as one of the hub is, in a cache of its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    for split, path in (("train", texts.train), ("test", texts.heldout)):
+        rows = [json.dumps({"text": line}) for line in path.read_text().splitlines()]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return HubCorpus(
+        dataset=str(tmp_path / "data"), block_length=10, calibration_blocks=5, heldout_blocks=4
     )
 
 
@@ -100,6 +117,35 @@ def test_only_a_generated_corpus_has_a_vocabulary_for_a_model_from_scratch(
     assert len(corpus.tokenizer_for(GENERATED)) == len(language.WORDS)
     with pytest.raises(StageError, match=r"kind: generated.*is text"):
         corpus.tokenizer_for(texts)
+
+
+def test_a_hub_data_set_gives_the_blocks_of_its_lines(
+    texts: TextCorpus, hub: HubCorpus, artifact: Path
+) -> None:
+    for split in SPLITS:
+        mapped = corpus.blocks(hub, artifact / "model", split)
+        assert torch.equal(mapped.long(), corpus.blocks(texts, artifact / "model", split))
+
+
+def test_a_hub_data_set_is_tokenized_once_and_then_mapped_from_disk(
+    hub: HubCorpus, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tokenized.tokens(hub, artifact / "model", False)
+    assert isinstance(first, np.memmap)
+    (file,) = (tmp_path / "cache" / "orchestrate-tokens").glob("*.int32")
+    written = file.stat().st_mtime_ns
+    monkeypatch.setattr(tokenized, "load_tokenizer", None)  # would fail if it were called
+    again = tokenized.tokens(hub, artifact / "model", False)
+    assert np.array_equal(first, again) and file.stat().st_mtime_ns == written
+
+
+def test_a_reader_that_writes_into_its_blocks_spoils_no_other(
+    hub: HubCorpus, artifact: Path
+) -> None:
+    first = tokenized.tokens(hub, artifact / "model", False)
+    before = first.copy()
+    first[:] = 0
+    assert np.array_equal(tokenized.tokens(hub, artifact / "model", False), before)
 
 
 # --- order -----------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class _Chunks:
 
     def __getitem__(self, chunk: int) -> Chunk:
         numbers_B = self._drawn[self._header.rows(chunk)]
-        input_ids_BL = self._blocks[numbers_B].to(self._device)
+        input_ids_BL = self._blocks[numbers_B].long().to(self._device)
         targets = self._teacher.targets(input_ids_BL, numbers_B)
         if not bool(torch.isfinite(targets.hidden_ND).all()):
             raise StageError(f"the teacher's hidden states of chunk {chunk} are not finite")

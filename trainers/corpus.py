@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trainers import language
+from trainers import language, tokenized
 from trainers.checkpoints import load_tokenizer
 from trainers.config import Corpus, GeneratedCorpus, HubCorpus, TextCorpus
 from trainers.contract import StageError
@@ -30,7 +30,8 @@ def tokenizer_for(corpus: Corpus) -> PreTrainedTokenizerBase:
 
 
 def blocks(corpus: Corpus, tokenizer_folder: Path, split: Split) -> Tensor:
-    """The split's token ids, packed without padding into (blocks, block_length).
+    """The split's token ids, packed without padding into (blocks, block_length); not to be written.
+    Training blocks may be int32, mapped from disk: make those that are used `long`.
 
     The splits are disjoint: calibration blocks come before the training blocks of the same text,
     held-out blocks from another text. Raises `StageError` where the text is too short.
@@ -53,36 +54,28 @@ def _blocks(corpus: Corpus, tokenizer_folder: str, split: Split) -> Tensor:
         return _pack(tokens, corpus.block_length)
     packed = _pack(_tokenize(corpus, tokenizer_folder, split == "heldout"), corpus.block_length)
     if split == "heldout":
-        return packed[: corpus.heldout_blocks]
+        return packed[: corpus.heldout_blocks].long()
     if split == "calibration":
-        return packed[: corpus.calibration_blocks]
+        return packed[: corpus.calibration_blocks].long()
     return packed[corpus.calibration_blocks :]
 
 
 def _pack(tokens: np.ndarray, block_length: int) -> Tensor:
     count = len(tokens) // block_length
-    return torch.from_numpy(tokens[: count * block_length].reshape(count, block_length).copy())
+    return torch.from_numpy(tokens[: count * block_length].reshape(count, block_length))
 
 
 @lru_cache(maxsize=4)
 def _tokenize(corpus: TextCorpus | HubCorpus, tokenizer_folder: str, heldout: bool) -> np.ndarray:
+    if isinstance(corpus, HubCorpus):
+        return tokenized.tokens(corpus, Path(tokenizer_folder), heldout)
     tokenizer = load_tokenizer(Path(tokenizer_folder))
+    path = corpus.heldout if heldout else corpus.train
     # One call on the whole text would warn of its length and hold it all; lines are independent
     # enough, and joined with their newlines they give the text back.
-    lines = _lines(corpus, heldout)
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.strip()]
     ids = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
     return np.fromiter((token for line in ids for token in line), dtype=np.int64)
-
-
-def _lines(corpus: TextCorpus | HubCorpus, heldout: bool) -> list[str]:
-    if isinstance(corpus, TextCorpus):
-        path = corpus.heldout if heldout else corpus.train
-        return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.strip()]
-    from datasets import load_dataset
-
-    split = corpus.heldout_split if heldout else corpus.train_split
-    data = load_dataset(corpus.dataset, corpus.name, split=split, revision=corpus.revision)
-    return [row[corpus.text_field] + "\n" for row in data if row[corpus.text_field].strip()]
 
 
 def batch(blocks_BL: Tensor, step: int, batch_size: int, seed: int) -> Tensor:

@@ -244,7 +244,7 @@ class _Run:
         micros = torch.split(self._share(), self._micro)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number, blocks_B in enumerate(micros, start=1):
-            loss = self._engine(self._blocks[blocks_B].to(self._device), blocks_B)
+            loss = self._engine(self._blocks[blocks_B].long().to(self._device), blocks_B)
             total += loss.detach().double() / len(micros)
             if number == len(micros):  # before the weights move, and once: it is a meeting of all
                 mean = self._finite_mean(total)
