@@ -200,6 +200,53 @@ def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], result
 @app.command()
 @click.option(
     "--results",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of the records; one's own stand before published ones.",
+)
+@click.option(
+    "--sweeps",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("sweeps"),
+    show_default=True,
+    help="Folder of the sweep files, for the claims that have no run yet.",
+)
+@click.option(
+    "--out",
+    "page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write the page; README.md below the results by default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def practices(results: Path, sweeps: Path, page: Path | None, as_json: bool) -> None:
+    """Gather the verdicts of all sweeps on the published best practices into one page.
+
+    \b
+    orchestrate practices                          results/README.md, and a table here
+    orchestrate practices --out page.md --json     another file, and the same as JSON
+    """
+    from orchestrator import practices as gathering
+    from orchestrator.located import LocatedError
+
+    page = page or results / "README.md"
+    try:
+        gathered = gathering.gather(results, sweeps)
+        gathering.write(gathering.page(gathered, page.parent), page)
+    except LocatedError as error:
+        _refuse(*error.messages)
+    except (ValueError, OSError) as error:
+        _refuse(_first_line(error))
+    if as_json:
+        click.echo(json.dumps(gathering.as_json(gathered, page.parent), indent=1))
+    else:
+        out.print(gathering.as_table(gathered))
+        out.print(f"written: {page}")
+
+
+@app.command()
+@click.option(
+    "--results",
     type=click.Path(path_type=Path),
     default=Path("results"),
     show_default=True,

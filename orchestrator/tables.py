@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import papers
 from orchestrator.asked import Claim
 from orchestrator.claims import Verdict, judge
 from orchestrator.records import TEACHER, Records, StageRecord, TrialRecord
@@ -144,12 +145,13 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
 def all_tables(
     records: Records, ranking: Ranking | None, asked: Sequence[Claim] = ()
 ) -> tuple[Table, ...]:
-    """Every table of a sweep: trials, main effects, configurations, cost and, where the sweep
-    makes some, claims."""
+    """Every table of a sweep: trials, main effects, configurations, the papers' tables that it
+    has a row for, cost and, where the sweep makes some, claims."""
     return (
         trials(records),
         main_effects(records),
         configurations(records, ranking),
+        *map(_paper, papers.filled(records, ranking, scale(records))),
         cost(records),
         *((claims(records, asked),) if asked else ()),
     )
@@ -489,6 +491,23 @@ def _claim_row(verdict: Verdict) -> tuple[Cell, ...]:
     )
 
 
+# --- the papers' tables ----------------------------------------------------------------------
+
+
+def _paper(filled: papers.Filled) -> Table:
+    """A paper's table with ours beside it; counts in readable units."""
+
+    def column(position: int, name: str, digits: int | None) -> Column:
+        if name not in ("parameters", "tokens"):
+            half = name.endswith(papers.HALF_WIDTH)
+            return Column(name, digits, title="\N{PLUS-MINUS SIGN}" if half else "")
+        counts = (row[position] for row in filled.rows)
+        return _magnitude(name, (count for count in counts if isinstance(count, int)))
+
+    columns = (column(i, *each) for i, each in enumerate(filled.columns))
+    return Table(filled.name, filled.caption, tuple(columns), filled.rows)
+
+
 # --- escaping --------------------------------------------------------------------------------
 
 
@@ -504,6 +523,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     MISSING: "--",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
 }
 
 

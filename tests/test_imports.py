@@ -61,7 +61,13 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "mirroring": {"leases", "ledger", "records", "tracking"},
     "selection": {"asked", "records", "wording"},
     "claims": {"asked", "selection", "records"},
-    "tables": {"asked", "claims", "selection", "records"},
+    "published": set(),
+    "papers": {"asked", "published", "records", "selection"},
+    "tables": {"asked", "claims", "papers", "selection", "records"},
+    "practices": {
+        "asked", "claims", "located", "papers", "published", "records", "selection", "tables",
+        "wording",
+    },
     "figures": {"selection", "records"},
     "report": {"asked", "selection", "records", "tables", "figures"},
     "cluster": set(),
@@ -88,6 +94,7 @@ TRAINERS = {
     "execute": {"config", "contract"},
     "tuning": {"contract"},
     "faults": {"contract"},
+    "practices": {"config"},
     "workers": {"contract"},
 }
 

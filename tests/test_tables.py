@@ -40,7 +40,7 @@ def test_tables_rebuilt_from_parquet_are_byte_identical(tmp_path: Path) -> None:
     )
     assert [path.name for path in first] == [
         f"{table}.{end}"
-        for table in ("trials", "main_effects", "configurations", "cost")
+        for table in ("trials", "main_effects", "configurations", "p2_t1", "cost")
         for end in ("md", "csv", "tex")
     ]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
