@@ -7,6 +7,7 @@ scratch: what is finished is known from the ledger alone. The only import of ray
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import signal
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -94,10 +96,20 @@ def run_jobs(config: dict[str, Any]) -> None:
     back as data, so that the worker stays warm."""
     from ray import tune
 
-    for work in json.loads(config["work"]):
+    for work in _unpacked(config["work"]):
         asked_to_stop = Path(work["stop_file"]).exists()
         found = _result("interrupted", None, None, ()) if asked_to_stop else _worked(work)
         tune.report({"job_id": work["job_id"], **found})
+
+
+def _packed(work: Sequence[Mapping[str, Any]]) -> str:
+    """What a worker is to do, small: Tune keeps the settings of all its trials, several times, and
+    sends them back with every report. Stages repeat each other, so this is a tenth."""
+    return base64.b85encode(zlib.compress(json.dumps(work).encode())).decode()
+
+
+def _unpacked(text: str) -> Any:
+    return json.loads(zlib.decompress(base64.b85decode(text)))
 
 
 def _worked(work: Mapping[str, Any]) -> dict[str, Any]:
@@ -446,7 +458,7 @@ def _describer(
         return {
             "jobs": [job.job_id for job in jobs],
             "bundle": bundle,
-            "work": json.dumps(work),
+            "work": _packed(work),
         }
 
     return describe
@@ -498,7 +510,9 @@ def _callback(desk: _Desk) -> Any:
                 desk.advanced(job, result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-            trial.config["work"] = ""  # Tune keeps its trials for ever; this is most of one
+            # Tune keeps its trials for ever; this is most of one.
+            trial.config["work"] = ""
+            trial.evaluated_params = {}
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             # Tune's own getter looks where the file has not been uploaded to yet.
