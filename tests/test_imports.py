@@ -60,6 +60,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "tracking": {"records"},
     "mirroring": {"leases", "ledger", "records", "tracking"},
     "selection": {"asked", "records", "wording"},
+    "pareto": {"asked", "records", "selection"},
     "claims": {"asked", "selection", "records"},
     "published": set(),
     "papers": {"asked", "published", "records", "selection"},
