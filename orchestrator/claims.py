@@ -8,21 +8,26 @@ stays where it lacks the axis.
 
 The effect is positive where it speaks for the claim. What is repeated is the seed: differences are
 averaged over the pairs of a setting of the other axes, then over those settings (each counts the
-same), and Student's t over seeds gives the interval. Where there is one seed, or where the seed
-changes nothing, an accuracy is resampled over its questions (the same ones for all trials); any
-other metric has no interval, and its claim stays undecided.
+same), and the interval is over seeds, and over questions too where the metric has them
+(`orchestrator.inference`). One seed gives no verdict: a claim is about a way to make models, and
+how far another seed would have led elsewhere is not known. Its interval over questions is told.
+
+A claim about rankings is about the sweep's own configurations. Its interval counts a pair of them
+for or against an agreement only where the seeds establish in both metrics which is better; a pair
+that is not established may be either.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+from scipy import stats
 
 from orchestrator.asked import (
     BASELINE,
@@ -36,27 +41,23 @@ from orchestrator.asked import (
     keys_meant,
     lower_is_better,
 )
-from orchestrator.records import TEACHER, Records, TrialRecord
-from orchestrator.selection import (
+from orchestrator.inference import (
     CONFIDENCE,
-    RESAMPLES,
     ROUNDING,
+    Array,
     Estimate,
-    Questions,
-    configuration_key,
-    groups,
-    over_seeds,
-    task_of,
-    value_of,
+    established,
+    interval,
+    seed_noise,
 )
+from orchestrator.records import TEACHER, Records, TrialRecord
+from orchestrator.selection import Measure, configuration_key, groups, value_of
 
-Array = npt.NDArray[np.float64]
 Outcome = Literal["supported", "contradicted", "undecided", "no data"]
+Measures = Callable[[str], Measure]
 
 FEWEST_CONFIGURATIONS = 4
 """Fewer do not make a ranking that could be compared with another."""
-
-BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ class Verdict:
 
 def judge(records: Records, claims: Sequence[Claim]) -> tuple[Verdict, ...]:
     """A verdict per claim, in the same order. The order of the trials does not matter."""
+    measures = cache(lambda metric: Measure(records, metric))
     return tuple(
-        _ranking(records, claim) if isinstance(claim, RankingChanges) else _versus(records, claim)
+        _ranking(records, claim)
+        if isinstance(claim, RankingChanges)
+        else _versus(records, claim, measures)
         for claim in claims
     )
 
@@ -99,9 +103,14 @@ def sign_of(metric: str) -> float:
 class _Member:
     """A completed trial of a group, its value of the metric, and keys of what tells it apart."""
 
-    trial_id: str
+    trial: TrialRecord
     value: float
     settings: Mapping[str, str]
+
+    @property
+    def trial_id(self) -> str:
+        """Of the trial."""
+        return self.trial.trial_id
 
 
 def _members(
@@ -116,7 +125,7 @@ def _members(
         # A baseline lacks the axes of the grid: it stands for every value of them.
         lenient = BASELINE in group
         if value is not None and meant and _fits(settings, narrowed, lenient):
-            found.append(_Member(trial.trial_id, value, settings))
+            found.append(_Member(trial, value, settings))
     return sorted(found, key=lambda member: member.trial_id)
 
 
@@ -171,7 +180,7 @@ class _Pair:
     cell: tuple[tuple[str, str], ...]
 
 
-def _versus(records: Records, claim: Better | NoBetter) -> Verdict:
+def _versus(records: Records, claim: Better | NoBetter, measures: Measures) -> Verdict:
     group = claim.better if isinstance(claim, Better) else claim.no_better
     first = _members(records, claim.metric, group, claim.among)
     if claim.than == OTHERS:
@@ -183,14 +192,18 @@ def _versus(records: Records, claim: Better | NoBetter) -> Verdict:
     pairs = _pairs(first, second, free)
     if not pairs:
         return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))
-    estimate, note = _effect(records, claim.metric, pairs)
+    estimate, note = _effect(measures(claim.metric), sign_of(claim.metric), pairs)
+    seeds = len({pair.seed for pair in pairs})
+    outcome = _outcome(claim, estimate)
+    if seeds == 1 and estimate.low is not None:
+        note = f"one seed decides nothing; over its questions alone: {outcome}"
     return _verdict(
         claim,
         claim.metric,
         estimate,
-        _outcome(claim, estimate),
+        outcome if seeds > 1 else "undecided",
         pairs=len(pairs),
-        seeds=len({pair.seed for pair in pairs}),
+        seeds=seeds,
         note=note,
     )
 
@@ -222,33 +235,37 @@ def _why_no_pair(first: Sequence[_Member], second: Sequence[_Member], free: set[
     return f"no trial of one group agrees with one of the other in {', '.join(names)}"
 
 
-def _effect(records: Records, metric: str, pairs: Sequence[_Pair]) -> tuple[Estimate, str | None]:
+def _effect(measure: Measure, sign: float, pairs: Sequence[_Pair]) -> tuple[Estimate, str | None]:
     """The mean over seeds of the paired differences, with its interval, and what that rests on."""
     by_seed: dict[str, list[_Pair]] = {}
     for pair in pairs:
         by_seed.setdefault(pair.seed, []).append(pair)
-    sign = sign_of(metric)
+    trials = {m.trial_id: m.trial for pair in pairs for m in (pair.first, pair.second)}
     values = {m.trial_id: np.array([m.value]) for pair in pairs for m in (pair.first, pair.second)}
     effects = [sign * float(_average(by_seed[seed], values)[0]) for seed in sorted(by_seed)]
-    estimate = over_seeds(effects)
+    value, seeds = statistics.fmean(effects), seed_noise(effects)
+    answers = measure.answers(trials.values())
+    if answers is None:
+        return _over_seeds_alone(effects, measure.has_questions)
+    rows = [sign * _average(by_seed[seed], answers) for seed in sorted(by_seed)]
     varied = max(effects) - min(effects) > ROUNDING
-    if varied:
-        return estimate, None
-    why = "one seed" if len(effects) == 1 else "the effect is the same with every seed"
-    about = task_of(metric)
-    if about is None:
-        # Seeds that change nothing are no repetitions; that nothing differs at all is a finding.
-        if len(effects) > 1 and abs(estimate.value) <= ROUNDING:
-            return estimate, "no difference with any seed"
-        note = f"{why}, and the metric has no questions to resample"
-        return Estimate(estimate.value), note
-    questions = Questions(records, *about)
-    resampled = {trial_id: questions.resampled([trial_id]) for trial_id in sorted(values)}
-    known = {trial_id: means for trial_id, means in resampled.items() if means is not None}
-    if len(known) < len(values):
-        return Estimate(estimate.value), f"{why}, and not every trial has its answers"
-    draws = [sign * _average(by_seed[seed], known) for seed in sorted(by_seed)]
-    return _percentiles(estimate.value, _mean(draws)), f"{why}: the interval is over questions"
+    note = None if varied else "the effect is the same with every seed: over questions alone"
+    return interval(value, seeds, measure.noise(rows)), note
+
+
+def _over_seeds_alone(effects: Sequence[float], lacking: bool) -> tuple[Estimate, str | None]:
+    value, seeds = statistics.fmean(effects), seed_noise(effects)
+    why = (
+        "not every trial has its answers" if lacking else "the metric has no questions to resample"
+    )
+    if seeds is None:
+        return Estimate(value), f"one seed, and {why}"
+    if max(effects) - min(effects) > ROUNDING:
+        return interval(value, seeds), f"{why}: over seeds alone" if lacking else None
+    # Seeds that change nothing are no repetitions; that nothing differs at all is a finding.
+    if abs(value) <= ROUNDING:
+        return interval(value, seeds), "no difference with any seed"
+    return Estimate(value), f"the effect is the same with every seed, and {why}"
 
 
 def _average(pairs: Sequence[_Pair], values: Mapping[str, Array]) -> Array:
@@ -264,40 +281,36 @@ def _mean(values: Sequence[Array]) -> Array:
     return np.asarray(np.mean(values, axis=0), dtype=np.float64)
 
 
-def _percentiles(value: float, draws: Array) -> Estimate:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
-
-
 # --- two rankings ----------------------------------------------------------------------------
 
 
 def _ranking(records: Records, claim: RankingChanges) -> Verdict:
     first, then = claim.ranking.first, claim.ranking.then
     metric = f"agreement of {first} and {then}"
-    measured = _measured(records, claim)
-    found = sorted(groups(measured), key=lambda group: configuration_key(group[0]))
+    found = groups(_measured(records, claim))
+    seeds = sorted(set.intersection(*({t.seed for t in group} for group in found)) if found else ())
     count = len(found)
     if count < 2:
         return _verdict(claim, metric, note="fewer than two configurations have both values")
-    first_N, then_N = (
-        np.array([sign_of(name) * _mean_value(group, name) for group in found])
-        for name in (first, then)
-    )
-    estimate = _agreement(first_N, then_N)
+    if not seeds:
+        return _verdict(claim, metric, note="no seed has both values of every configuration")
+    rankings = [_values(found, seeds, name) for name in (first, then)]
+    estimate = _agreement(*rankings)
     note = f"Kendall's tau over {count} configurations"
     if estimate is None:
         note = f"{note} is not defined: all are equal in one of the metrics"
     elif count < FEWEST_CONFIGURATIONS:
+        estimate = Estimate(estimate.value)
         note = f"{note}; at least {FEWEST_CONFIGURATIONS} are needed"
+    elif estimate.low is None:
+        note = f"{note}; one seed does not establish their order"
     return _verdict(
         claim,
         metric,
         estimate,
         "undecided" if estimate is None else _outcome(claim, estimate),
         pairs=count * (count - 1) // 2,
-        seeds=len({trial.seed for trial in measured}),
+        seeds=len(seeds),
         note=note,
     )
 
@@ -305,9 +318,10 @@ def _ranking(records: Records, claim: RankingChanges) -> Verdict:
 def _measured(records: Records, claim: RankingChanges) -> list[TrialRecord]:
     """The trials, the teacher's aside, that have both values and are among those meant."""
     rule = _rule(records, claim.among or {})
+    by_configuration = sorted(records.trials, key=lambda t: (configuration_key(t), t.trial_id))
     return [
         trial
-        for trial in sorted(records.trials, key=lambda trial: trial.trial_id)
+        for trial in by_configuration
         if trial.baseline != TEACHER
         and value_of(trial, claim.ranking.first) is not None
         and value_of(trial, claim.ranking.then) is not None
@@ -315,41 +329,30 @@ def _measured(records: Records, claim: RankingChanges) -> list[TrialRecord]:
     ]
 
 
-def _mean_value(trials: Sequence[TrialRecord], metric: str) -> float:
-    return statistics.fmean(v for v in (value_of(t, metric) for t in trials) if v is not None)
+def _values(found: Sequence[Sequence[TrialRecord]], seeds: Sequence[int], metric: str) -> Array:
+    """Of each of C configurations with each of S seeds; more is better."""
+    values = [{trial.seed: value_of(trial, metric) for trial in group} for group in found]
+    values_CS = np.array([[by_seed[seed] for seed in seeds] for by_seed in values])
+    return np.asarray(sign_of(metric) * values_CS, dtype=np.float64)
 
 
-def _agreement(first_N: Array, then_N: Array) -> Estimate | None:
-    """Kendall's tau-b with a bootstrap interval over configurations, from `FEWEST` on; None where
-    all are equal in one metric."""
-    count = len(first_N)
-    (value,) = kendall(first_N, then_N, np.ones((1, count)))
+def _agreement(first_CS: Array, then_CS: Array) -> Estimate | None:
+    """Kendall's tau-b of the means over seeds; None where all are equal in one metric.
+
+    The interval reaches from the tau where every pair that is not established is reversed to the
+    one where none is. All that is established holds at once with 95% confidence.
+    """
+    tau = stats.kendalltau(np.mean(first_CS, axis=1), np.mean(then_CS, axis=1)).statistic
+    value = round(float(tau), 12)
     if not math.isfinite(value):
         return None
-    if count < FEWEST_CONFIGURATIONS:
-        return Estimate(float(value))
-    random = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = random.integers(0, count, (RESAMPLES, count))
-    counts_RN = np.stack([np.bincount(row, minlength=count) for row in drawn]).astype(np.float64)
-    taus = kendall(first_N, then_N, counts_RN)
-    # A resample of equal configurations alone ranks nothing.
-    return _percentiles(float(value), taus[np.isfinite(taus)])
-
-
-def kendall(first_N: Array, then_N: Array, counts_RN: Array) -> Array:
-    """Kendall's tau-b of each of R samples that hold configuration n `counts_RN[r, n]` times.
-
-    NaN where all are equal in one metric. tau-b leaves out pairs that are tied, so copies of one
-    configuration neither agree nor disagree.
-    """
-    first_NN, then_NN = (np.sign(each[:, None] - each[None, :]) for each in (first_N, then_N))
-
-    def total(weights_NN: Array) -> Array:
-        return np.asarray(((counts_RN @ weights_NN) * counts_RN).sum(axis=1), dtype=np.float64)
-
-    comparable = np.sqrt(total(np.abs(first_NN)) * total(np.abs(then_NN)))
-    with np.errstate(invalid="ignore"):
-        return np.asarray(total(first_NN * then_NN) / comparable, dtype=np.float64)
+    if first_CS.shape[1] < 2:
+        return Estimate(value)
+    chance = (1 - CONFIDENCE) / 2
+    both_CC = established(first_CS, chance) * established(then_CS, chance)
+    pairs = len(both_CC) * (len(both_CC) - 1)
+    same, reversed_ = np.sum(both_CC > 0) / pairs, np.sum(both_CC < 0) / pairs
+    return Estimate(value, float(2 * same - 1), float(1 - 2 * reversed_))
 
 
 # --- verdicts --------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Which configuration is best, which are as good, and which of them wins. Pure.
 
 A configuration is what trials share that differ in nothing but the seed. Accuracies are compared
-on the questions of the `select` half: the interval is a percentile bootstrap over the questions
-(resampled within each task, since `accuracy.mean` is the plain mean over tasks), and two
-configurations are compared on the same resamples, so that questions which are hard for both cancel.
-Other metrics have no questions; their intervals are Student's t over the seeds.
+on the questions of the `select` half; other metrics have no questions. Intervals are over questions
+and seeds as far as there are several of them (`orchestrator.inference`), and a comparison of two
+configurations is paired in both: the same questions, the same seeds.
+
+Every configuration is tested against the best. With one seed that is McNemar's exact test; with
+several, what noise the seeds make is estimated from all configurations together. Those that the
+tests, corrected after Holm for their number, do not tell from the best are tied with it: the truly
+best one is then among the tied with 95% confidence (Hsu, 1984, Annals of Statistics 12).
 """
 
 from __future__ import annotations
@@ -15,38 +19,54 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from scipy import stats
 
 from orchestrator.asked import key_of, keys_meant
+from orchestrator.inference import (
+    CONFIDENCE,
+    ROUNDING,
+    Array,
+    Estimate,
+    QuestionNoise,
+    Resamples,
+    SeedNoise,
+    holm,
+    interval,
+    over_seeds,
+    p_value,
+    pooled_noise,
+    seed_noise,
+)
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.wording import shortest_names
 
+__all__ = [
+    "Comparison",
+    "Configuration",
+    "Estimate",
+    "Measure",
+    "Mode",
+    "Ranking",
+    "Winner",
+    "axis_names",
+    "canonical",
+    "configuration_key",
+    "estimate",
+    "groups",
+    "labels",
+    "over_seeds",
+    "rank",
+    "report_metric",
+    "spread",
+    "task_of",
+    "value_of",
+    "winner",
+]
+
 Mode = Literal["max", "min"]
-Array = npt.NDArray[np.float64]
-
-CONFIDENCE = 0.95
-RESAMPLES = 2000
-ROUNDING = 1e-12
-"""Differences of means below this are rounding."""
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95% interval, where one can be given."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def half_width(self) -> float | None:
-        """Half of the interval's length."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -55,8 +75,9 @@ class Configuration:
 
     `trials` are those that completed with a value; `unfinished` counts the others.
     `spread` is the standard deviation over seeds (n - 1), None for a single seed. `behind` is how
-    much worse than the best this one is (0 or more unless the interval says otherwise), and `tied`
-    says that the interval of that difference contains 0.
+    much worse than the best this one is, with the seeds that both have, and its interval.
+    `p_value` is that of the test that it is no worse, after Holm's correction; None where nothing
+    was repeated, and of the best itself. `tied`: the test does not tell it from the best.
     """
 
     label: str
@@ -68,6 +89,7 @@ class Configuration:
     spread: float | None
     behind: Estimate
     tied: bool
+    p_value: float | None = None
 
     @property
     def parameters(self) -> int | None:
@@ -161,11 +183,11 @@ def labels(records: Records) -> dict[str, str]:
     return {trial.trial_id: label(trial) for trial in records.trials}
 
 
-# --- intervals -------------------------------------------------------------------------------
+# --- questions -------------------------------------------------------------------------------
 
 
 class Questions:
-    """The answers of one half of the questions, and bootstrap means over them.
+    """The answers of one half of the questions.
 
     `task` is a task's name or `mean`. Every group is seen on the same questions (those that all
     of them answered) and the same resamples, so differences between groups are paired.
@@ -187,57 +209,20 @@ class Questions:
         sets = [set(answers) for answers in self._answers.values()]
         return sorted(set.intersection(*sets)) if sets else []
 
-    def resampled(self, trial_ids: Sequence[str]) -> Array | None:
-        """Bootstrap means of the group's accuracy, None where a trial has no answers."""
-        if not self.common or not trial_ids or not self._answers.keys() >= set(trial_ids):
+    def answers(self, trial_ids: Iterable[str]) -> dict[str, Array] | None:
+        """Each trial's answers to the common questions; None where one of them has none."""
+        wanted = set(trial_ids)
+        if not self.common or not wanted or not self._answers.keys() >= wanted:
             return None
-        # Whole answers are added up exactly and divided once, so that the last bit of a sum does
-        # not depend on the order in which a machine adds.
-        mine = [self._answers[trial_id] for trial_id in trial_ids]
-        total = np.array([math.fsum(each[key] for each in mine) for key in self.common])
-        means = [counts @ total[rows] / (len(rows) * len(mine)) for rows, counts in self._resamples]
-        return np.asarray(np.mean(means, axis=0), dtype=np.float64)
-
-    def estimate(self, value: float, trial_ids: Sequence[str]) -> Estimate:
-        """`value` with the percentile interval of the group's accuracy."""
-        return _percentiles(value, self.resampled(trial_ids))
+        return {
+            trial_id: np.array([self._answers[trial_id][key] for key in self.common])
+            for trial_id in sorted(wanted)
+        }
 
     @cached_property
-    def _resamples(self) -> list[tuple[npt.NDArray[np.int64], Array]]:
-        """For every task: its rows in `common`, and how often each resample drew each of them."""
-        random = np.random.default_rng(SEED)
-        tasks = np.array([task for task, _ in self.common])
-        found = []
-        for task in sorted(set(tasks.tolist())):
-            rows = np.flatnonzero(tasks == task)
-            found.append((rows, _draws(random, len(rows))))
-        return found
-
-
-def _draws(random: np.random.Generator, questions: int) -> Array:
-    drawn = np.empty((RESAMPLES, questions), dtype=np.float64)
-    for row in range(RESAMPLES):
-        picked = random.integers(0, questions, questions)
-        drawn[row] = np.bincount(picked, minlength=questions)
-    return drawn
-
-
-def _percentiles(value: float, means: Array | None) -> Estimate:
-    if means is None:
-        return Estimate(value)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean with Student's t interval; no interval for a single value."""
-    value = statistics.fmean(values)
-    if len(values) < 2:
-        return Estimate(value)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
-    return Estimate(value, value - reach, value + reach)
+    def resamples(self) -> Resamples:
+        """Resamples of the common questions."""
+        return Resamples([len(list(rows)) for _, rows in groupby(self.common, lambda key: key[0])])
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -286,14 +271,15 @@ def rank(
     measure = Measure(records, metric)
     # Sorting is stable: equal means stay in the order of the sweep file.
     candidates.sort(key=lambda pair: -sign * measure.mean(pair[0]))
-    best = candidates[0][0]
+    measured_all = [trials for trials, _ in candidates]
+    comparisons = measure.against_best(measured_all, sign)
     return Ranking(
         metric=metric,
         mode=mode,
         records=records,
         configurations=tuple(
-            _configuration(names[trials[0].trial_id], trials, unfinished, measure, best, sign)
-            for trials, unfinished in candidates
+            _configuration(names[trials[0].trial_id], trials, unfinished, measure, comparison)
+            for (trials, unfinished), comparison in zip(candidates, comparisons, strict=True)
         ),
     )
 
@@ -313,12 +299,8 @@ def _configuration(
     trials: tuple[TrialRecord, ...],
     unfinished: int,
     measure: Measure,
-    best: tuple[TrialRecord, ...],
-    sign: float,
+    comparison: Comparison,
 ) -> Configuration:
-    behind = measure.difference(best, trials, sign)
-    known = behind.low is not None and behind.high is not None
-    contains_zero = known and (behind.low or 0.0) <= ROUNDING and (behind.high or 0.0) >= -ROUNDING
     return Configuration(
         label=label,
         baseline=trials[0].baseline,
@@ -327,18 +309,39 @@ def _configuration(
         unfinished=unfinished,
         estimate=measure.estimate(trials),
         spread=spread(measure.values(trials)),
-        behind=behind,
-        tied=trials is best or contains_zero or (not known and abs(behind.value) <= ROUNDING),
+        behind=comparison.difference,
+        tied=comparison.equal,
+        p_value=comparison.p_value,
     )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A difference, and the p-value of there being none; None where nothing was repeated."""
+
+    difference: Estimate
+    p_value: float | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two cannot be told apart; without a test, whether they are the same."""
+        if self.p_value is None:
+            return abs(self.difference.value) <= ROUNDING
+        return self.p_value >= 1 - CONFIDENCE
+
+
 class Measure:
-    """Means, intervals and paired differences of one metric over groups of completed trials."""
+    """Means, intervals and paired comparisons of one metric over groups of completed trials."""
 
     def __init__(self, records: Records, metric: str) -> None:
         self._metric = metric
         about = task_of(metric)
         self._questions = Questions(records, *about) if about else None
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether the metric is a mean over questions."""
+        return self._questions is not None
 
     def values(self, trials: Sequence[TrialRecord]) -> list[float]:
         """The values of the trials that have one."""
@@ -350,41 +353,100 @@ class Measure:
         return statistics.fmean(self.values(trials))
 
     def estimate(self, trials: Sequence[TrialRecord]) -> Estimate:
-        """The mean with its interval over questions, or over seeds where there are none."""
-        if self._questions is None:
-            return over_seeds(self.values(trials))
-        return self._questions.estimate(self.mean(trials), _ids(trials))
+        """The mean with its interval over the seeds, and over the questions where there are any."""
+        answers = self.answers(trials)
+        questions = self.noise(list(answers.values())) if answers is not None else None
+        found = interval(self.mean(trials), seed_noise(self.values(trials)), questions)
+        return _share(found) if self.has_questions else found
 
-    def difference(
-        self, best: Sequence[TrialRecord], other: Sequence[TrialRecord], sign: float
-    ) -> Estimate:
-        """How much better `best` is, paired by question, or by seed where there are none."""
-        value = sign * (self.mean(best) - self.mean(other))
-        if best is other:
-            return Estimate(0.0, 0.0, 0.0)
+    def answers(self, trials: Iterable[TrialRecord]) -> dict[str, Array] | None:
+        """By trial, the answers to the questions that all trials answered, in one order; None
+        where there are none."""
         if self._questions is None:
-            return self._over_common_seeds(value, best, other, sign)
-        first, second = (self._questions.resampled(_ids(group)) for group in (best, other))
-        if first is None or second is None:
-            return Estimate(value)
-        return _percentiles(value, sign * (first - second))
+            return None
+        return self._questions.answers(trial.trial_id for trial in trials)
 
-    def _over_common_seeds(
-        self, value: float, best: Sequence[TrialRecord], other: Sequence[TrialRecord], sign: float
-    ) -> Estimate:
-        first, second = (
-            dict(zip((t.seed for t in group), self.values(group), strict=True))
-            for group in (best, other)
+    def noise(self, rows_SQ: Sequence[Array]) -> QuestionNoise:
+        """What the questions do to a mean over seeds of sums or differences of `answers`."""
+        assert self._questions is not None, "answers are of questions"
+        return self._questions.resamples.noise(np.stack(rows_SQ))
+
+    def compare(
+        self,
+        best: Sequence[TrialRecord],
+        other: Sequence[TrialRecord],
+        sign: float = 1.0,
+        pooled: SeedNoise | None = None,
+    ) -> Comparison:
+        """How much better `best` is, question by question and seed by seed.
+
+        Only seeds that both have count; where there are none, the groups are compared as wholes.
+        `pooled`: what the seeds do to such a difference, where that is known from more than these.
+        """
+        pairs = _pairs_by_seed(best, other)
+        effects = [sign * (self.mean(first) - self.mean(second)) for first, second in pairs]
+        seeds = seed_noise(effects) if pooled is None else _of_mean(pooled, len(pairs))
+        value = statistics.fmean(effects)
+        answers = self.answers([*best, *other])
+        if answers is None:
+            test = None if seeds is None else p_value(value, seeds, None)
+            return Comparison(interval(value, seeds), test)
+        rows = [sign * (_mean(first, answers) - _mean(second, answers)) for first, second in pairs]
+        questions = self.noise(rows)
+        test = self._sign_test(rows) if seeds is None else p_value(value, seeds, questions)
+        return Comparison(interval(value, seeds, questions), test)
+
+    def _sign_test(self, rows_SQ: Sequence[Array]) -> float:
+        assert self._questions is not None, "answers are of questions"
+        return self._questions.resamples.sign_test(np.mean(rows_SQ, axis=0))
+
+    def against_best(
+        self, ranked: Sequence[Sequence[TrialRecord]], sign: float
+    ) -> list[Comparison]:
+        """Each group against the first, with p-values after Holm's correction."""
+        best = ranked[0]
+        pooled = self._pooled(ranked)
+        found = [self.compare(best, other, sign, pooled) for other in ranked[1:]]
+        tested = [each.p_value for each in found if each.p_value is not None]
+        adjusted = iter(holm(tested))
+        corrected = (
+            each if each.p_value is None else Comparison(each.difference, next(adjusted))
+            for each in found
         )
-        common = [sign * (first[seed] - second[seed]) for seed in sorted(first.keys() & second)]
-        if len(common) < 2:
-            return Estimate(value)
-        paired = over_seeds(common)
-        return Estimate(value, paired.low, paired.high)
+        return [Comparison(Estimate(0.0, 0.0, 0.0), None), *corrected]
+
+    def _pooled(self, found: Sequence[Sequence[TrialRecord]]) -> SeedNoise | None:
+        """From the groups that have all of the seeds that the largest has."""
+        by_seed = [{trial.seed: self.mean([trial]) for trial in trials} for trials in found]
+        most = max(len(values) for values in by_seed)
+        seeds = next(sorted(values) for values in by_seed if len(values) == most)
+        whole = [each for each in by_seed if each.keys() >= set(seeds)]
+        return pooled_noise([[each[seed] for seed in seeds] for each in whole])
 
 
-def _ids(trials: Sequence[TrialRecord]) -> list[str]:
-    return [trial.trial_id for trial in trials]
+Pair = tuple[Sequence[TrialRecord], Sequence[TrialRecord]]
+
+
+def _pairs_by_seed(first: Sequence[TrialRecord], second: Sequence[TrialRecord]) -> list[Pair]:
+    mine, theirs = ({trial.seed: trial for trial in group} for group in (first, second))
+    common = sorted(mine.keys() & theirs.keys())
+    return [((mine[seed],), (theirs[seed],)) for seed in common] or [(first, second)]
+
+
+def _of_mean(noise: SeedNoise, seeds: int) -> SeedNoise:
+    return SeedNoise(noise.variance / seeds, noise.freedom)
+
+
+def _mean(trials: Sequence[TrialRecord], answers: Mapping[str, Array]) -> Array:
+    rows = [answers[trial.trial_id] for trial in trials]
+    return np.asarray(np.mean(rows, axis=0), dtype=np.float64)
+
+
+def _share(estimate: Estimate) -> Estimate:
+    """An accuracy's interval ends at 0 and 1."""
+    if estimate.low is None or estimate.high is None:
+        return estimate
+    return Estimate(estimate.value, max(0.0, estimate.low), min(1.0, estimate.high))
 
 
 # --- the winner ------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import made_up
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
+from orchestrator.inference import holm, mcnemar, pooled_noise
 from orchestrator.records import TEACHER, ItemRecord, Records, TrialRecord
 from orchestrator.selection import (
     Measure,
@@ -87,8 +91,14 @@ def test_close_configurations_are_tied_and_distant_ones_are_not() -> None:
     }
 
 
-def test_every_interval_holds_its_value_and_has_a_width() -> None:
-    for configuration in ranking_of(RECORDS).configurations:
+def with_seeds(*seeds: int) -> Records:
+    kept = tuple(t for t in RECORDS.trials if t.baseline == TEACHER or t.seed in seeds)
+    ids = {trial.trial_id for trial in kept}
+    return replace(RECORDS, trials=kept, items=tuple(i for i in RECORDS.items if i.trial_id in ids))
+
+
+def test_every_interval_holds_its_value_and_with_one_seed_has_the_binomial_width() -> None:
+    for configuration in ranking_of(with_seeds(0)).configurations:
         estimate = configuration.estimate
         assert estimate.low is not None and estimate.high is not None
         assert estimate.low < estimate.value < estimate.high
@@ -98,11 +108,37 @@ def test_every_interval_holds_its_value_and_has_a_width() -> None:
         assert estimate.half_width == pytest.approx(expected, rel=0.35)
 
 
+def test_seeds_that_differ_widen_the_interval_over_questions() -> None:
+    trials = [t for t in RECORDS.trials if t.trial_id.startswith("perplexity")]
+    measure = Measure(RECORDS, "accuracy.mean")
+    answers = measure.answers(trials)
+    assert answers is not None
+    questions, seeds = measure.noise(list(answers.values())), over_seeds(measure.values(trials))
+    found = measure.estimate(trials)
+    assert found.low is not None and seeds.half_width is not None
+    assert found.value - found.low == pytest.approx(
+        math.hypot(seeds.half_width, math.sqrt(questions.own) * questions.below)
+    )
+    assert found.value - found.low > questions.below
+
+
+def test_an_accuracy_without_answers_has_an_interval_over_seeds() -> None:
+    values = {"perplexity-0": 0.55, "perplexity-1": 0.56}
+    (configuration,) = ranking_of(with_values(values)).configurations
+    assert configuration.estimate == over_seeds([0.55, 0.56])
+
+
+def test_an_accuracys_interval_ends_at_0_and_1() -> None:
+    values = {"perplexity-0": 0.5, "perplexity-1": 0.6}
+    (configuration,) = ranking_of(with_values(values)).configurations
+    assert (configuration.estimate.low, configuration.estimate.high) == (0.0, 1.0)
+
+
 def test_the_paired_interval_is_the_plain_bootstrap_of_the_differences() -> None:
     records = two_configurations(150, 140)
     measure = Measure(records, "accuracy.mean")
     first, second = ([trial] for trial in records.trials)
-    behind = measure.difference(first, second, 1.0)
+    behind = measure.compare(first, second).difference
     differences = np.array([1.0] * 10 + [0.0] * 190)
     random = np.random.default_rng(7)
     means = [random.choice(differences, 200).mean() for _ in range(4000)]
@@ -113,6 +149,87 @@ def test_the_paired_interval_is_the_plain_bootstrap_of_the_differences() -> None
 
 def test_the_same_records_give_the_same_intervals_to_the_last_bit() -> None:
     assert ranking_of(RECORDS) == ranking_of(made_up.records())
+
+
+def test_with_one_seed_two_configurations_are_compared_by_mcnemars_test() -> None:
+    records = two_configurations(150, 140)
+    best, other = ranking_of(records).configurations
+    assert best.p_value is None and best.tied
+    assert other.p_value == mcnemar(10, 0)
+    assert not other.tied
+
+
+def test_with_seeds_and_no_questions_two_configurations_are_compared_by_the_paired_t_test() -> None:
+    first, second = [0.50, 0.58], [0.41, 0.52]
+    values = {f"perplexity-{seed}": value for seed, value in enumerate(first)}
+    values |= {f"task-{seed}": value for seed, value in enumerate(second)}
+    _, other = ranking_of(with_values(values, "throughput.a"), "throughput.a").configurations
+    naive = stats.ttest_rel(first, second)
+    assert other.p_value == pytest.approx(naive.pvalue, abs=1e-6)
+    assert (other.behind.low, other.behind.high) == pytest.approx(naive.confidence_interval())
+
+
+def with_noise(draw: np.random.Generator, means: Sequence[float], seeds: int = 3) -> Records:
+    """One configuration a mean, of a metric without questions."""
+    shared = draw.normal(0, 1, seeds)
+    trials = [
+        replace(
+            made_up.trial("perplexity", seed, 0, {"throughput.a": mean + shared[seed] + noise}),
+            trial_id=f"{name}-{seed}",
+            axes={"way": name},
+            parameters=1000 - name,
+        )
+        for name, mean in enumerate(means)
+        for seed, noise in enumerate(draw.normal(0, 0.1, seeds))
+    ]
+    return Records("s", "p", trials=tuple(trials))
+
+
+def test_with_many_configurations_p_values_are_holms() -> None:
+    records = with_noise(np.random.default_rng(1), [2.0, 1.9, 1.8, 1.6, 1.0])
+    measure = Measure(records, "throughput.a")
+    ranking = ranking_of(records, "throughput.a")
+    found = [each.trials for each in ranking.configurations]
+    values = [measure.values(trials) for trials in found]
+    pooled = pooled_noise(values)
+    raw = [measure.compare(found[0], other, 1.0, pooled).p_value for other in found[1:]]
+    adjusted = [each.p_value for each in ranking.configurations[1:]]
+    assert adjusted == pytest.approx(holm([p for p in raw if p is not None]))
+    assert [each.tied for each in ranking.configurations[1:]] == [p >= 0.05 for p in adjusted]
+
+
+def test_the_truly_best_is_among_the_tied_in_nineteen_sweeps_of_twenty() -> None:
+    draw, sweeps, missed = np.random.default_rng(3), 300, 0
+    for _ in range(sweeps):
+        # All are as good, so that the test has the most chances to be wrong about the first.
+        ranking = ranking_of(with_noise(draw, [1.0] * 6), "throughput.a")
+        missed += all(each.axes["way"] != 0 for each in ranking.tied)
+    assert missed <= stats.binom.ppf(0.99, sweeps, 0.05)
+
+
+def test_what_is_far_behind_is_not_tied_with_three_seeds() -> None:
+    ranking = ranking_of(with_noise(np.random.default_rng(2), [2.0, 2.0, 1.0]), "throughput.a")
+    assert [each.tied for each in ranking.configurations] == [True, True, False]
+
+
+@given(st.permutations(range(9)))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_the_trials_does_not_change_the_ranking(order: list[int]) -> None:
+    records = with_noise(np.random.default_rng(4), [2.0, 1.9, 1.5])
+    shuffled = replace(records, trials=tuple(records.trials[i] for i in order))
+    one, other = (ranking_of(each, "throughput.a") for each in (records, shuffled))
+    for first, second in zip(one.configurations, other.configurations, strict=True):
+        assert (first.label, first.tied) == (second.label, second.tied)
+        assert (first.p_value or 0) == pytest.approx(second.p_value or 0, abs=1e-6)
+
+
+def test_configurations_are_compared_with_the_seeds_that_both_have() -> None:
+    # Seed 0 is easy: who alone has it is no better for that.
+    values = {"perplexity-0": 0.9, "perplexity-1": 0.5, "task-1": 0.6}
+    ranking = ranking_of(with_values(values, "throughput.a"), "throughput.a")
+    best, other = ranking.configurations
+    assert best.label == "criterion=perplexity"
+    assert other.behind.value == pytest.approx(-0.1)
 
 
 def test_a_clear_winner_wins_though_another_is_cheaper() -> None:
