@@ -181,6 +181,42 @@ def best(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: 
 
 
 @app.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder where sweeps are recorded; published ones are in its folder published.",
+)
+@click.argument("first")
+@click.argument("second")
+def compare(first: str, second: str, results: Path, as_json: bool) -> None:
+    """Set two trials or two sweeps side by side: settings, metrics, paired tests, claims.
+
+    A trial is named by its id or how that begins; a sweep by its file, its name, NAME@PROFILE or a
+    results folder.
+
+    \b
+    orchestrate compare 361a2c ace708
+    orchestrate compare width_vs_depth@tiny width_vs_depth@smollm2_local
+    orchestrate compare results/losses/tiny results/published/losses/tiny --json
+    """
+    from orchestrator import comparing
+    from orchestrator.side_by_side import tables_of
+
+    try:
+        compared = comparing.compare(results, first, second)
+    except comparing.CannotCompareError as error:
+        _refuse(*error.args)
+    if as_json:
+        click.echo(json.dumps(comparing.as_json(compared), indent=1, allow_nan=False))
+        return
+    for table in tables_of(compared):
+        out.print(table)
+
+
+@app.command()
 @_sweep_options
 def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
     """Copy a finished sweep's small files to results/published, to be committed."""

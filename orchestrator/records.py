@@ -304,6 +304,12 @@ def read_parquet(folder: Path) -> Records:
     )
 
 
+def read_trials(folder: Path) -> tuple[TrialRecord, ...]:
+    """The trials of a results folder alone, without curves and questions. Raises ValueError where
+    a newer version wrote them or the file is damaged."""
+    return _trials_of(_read_table(folder / "trials.parquet"))
+
+
 def _plain_table(name: str, rows: Sequence[Any]) -> pa.Table:
     schema = _schema_of(_TABLES[name])
     return pa.table(columns(rows, schema.names), schema=schema)

@@ -70,6 +70,10 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
         "asked", "claims", "located", "papers", "published", "records", "selection", "tables",
         "wording",
     },
+    "comparing": {
+        "asked", "claims", "inference", "located", "records", "scheduling", "selection", "wording",
+    },
+    "side_by_side": {"asked", "claims", "comparing", "inference", "progress"},
     "figures": {"selection", "records"},
     "report": {"asked", "selection", "records", "tables", "figures"},
     "cluster": set(),
@@ -83,6 +87,7 @@ TRAINERS = {
     "asked": {"config"},
     "spec": {"config"},
     "scheduling": {"config"},
+    "comparing": {"config"},
     "proposals": {"config"},
     "candidates": {"config", "shapes"},
     "pruning": {"config", "shapes"},
