@@ -211,7 +211,7 @@ def _squares(values_SQ: Array) -> float:
     """Mean square of the questions, each the mean over its seeds."""
     values_Q = np.mean(values_SQ, axis=0)
     centred = values_Q - np.mean(values_Q)
-    return float(np.sum(centred**2)) / max(1, len(values_Q) - 1)
+    return float(np.sum(centred**2) / max(1, len(values_Q) - 1))
 
 
 def _interaction(values_SQ: Array) -> float:
@@ -219,7 +219,8 @@ def _interaction(values_SQ: Array) -> float:
     seeds, questions = values_SQ.shape
     left = values_SQ - np.mean(values_SQ, axis=0) - np.mean(values_SQ, axis=1, keepdims=True)
     left = left + np.mean(values_SQ)
-    return float(np.sum(left**2)) / max(1, (seeds - 1) * (questions - 1)) / seeds
+    freedom = max(1, (seeds - 1) * (questions - 1))
+    return float(np.sum(left**2) / freedom / seeds)
 
 
 # --- both ------------------------------------------------------------------------------------
@@ -277,17 +278,22 @@ def established(values_CS: Array, chance: float) -> npt.NDArray[np.int64]:
     """Which of C configurations, measured with the same S seeds, are certain to differ: [i, j] is
     the sign of i - j, or 0.
 
-    But for `chance`, all signs are right at once (Tukey's test with seeds as blocks).
+    But for `chance`, all signs are right at once: by Tukey's test with seeds as blocks, which takes
+    the noise of all configurations for the same, and, lest one that is far noisier than the others
+    passes by their lack of noise, by the paired t test of the two alone.
     """
     noise = pooled_noise(values_CS.tolist())
-    means_C = np.mean(values_CS, axis=1)
-    differences = means_C[:, None] - means_C[None, :]
+    seeds = values_CS.shape[1]
+    differences_CCS = values_CS[:, None, :] - values_CS[None, :, :]
+    means_CC = np.mean(differences_CCS, axis=2)
     if noise is None:
-        return np.zeros(differences.shape, dtype=np.int64)
+        return np.zeros(means_CC.shape, dtype=np.int64)
     quantile = _studentized_range(1 - chance, len(values_CS), noise.freedom)
-    reach = quantile * math.sqrt(noise.variance / 2 / values_CS.shape[1])
-    sure = np.abs(differences) > max(reach, ROUNDING)
-    return np.asarray(np.sign(differences) * sure, dtype=np.int64)
+    together = quantile * math.sqrt(noise.variance / 2 / seeds)
+    errors_CC = np.std(differences_CCS, axis=2, ddof=1) / math.sqrt(seeds)
+    alone_CC = -float(special.stdtrit(seeds - 1, chance / 2)) * errors_CC
+    sure = np.abs(means_CC) > np.maximum(alone_CC, max(together, ROUNDING))
+    return np.asarray(np.sign(means_CC) * sure, dtype=np.int64)
 
 
 @lru_cache
