@@ -87,6 +87,7 @@ def app() -> None:
     orchestrate sweeps/depth_ablation.yaml --dry-run        say what would run
     orchestrate sweeps/depth_ablation.yaml --profile smollm2 --set distill.training.steps=40
     orchestrate plan sweeps/depth_ablation.yaml --json      the same as JSON
+    orchestrate compare A B                                 two trials or sweeps side by side
     orchestrate ui                                          compare runs in MLflow
     """
 
