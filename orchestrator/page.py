@@ -113,9 +113,8 @@ def _template() -> jinja2.Template:
 
 
 def _breakable(name: str) -> Markup:
-    """A dotted name that may be broken into lines after its dots and underscores."""
-    parts = re.split(r"(?<=[._])(?=\w)", name)
-    return Markup("<wbr>").join(parts)
+    """A dotted name that may be broken into lines after its dots."""
+    return Markup("<wbr>").join(re.split(r"(?<=\.)(?=\w)", name))
 
 
 def _policy(script: str) -> str:

@@ -14,6 +14,9 @@ from orchestrator.page import shown
 from orchestrator.records import Records
 from orchestrator.selection import Estimate, Mode, Ranking, Winner, rank, report_metric, winner
 
+NAMED = 3
+"""Tied configurations that the summary names; the page lists all of them."""
+
 
 def write(
     records: Records,
@@ -75,7 +78,10 @@ def summary(chosen: Winner | None, metric: str) -> str:
         teacher = chosen.teacher_reported
         text += f"; the teacher {shown(teacher)}." if teacher else "."
     if chosen.tied:
-        others = ", ".join(each.label for each in chosen.tied)
+        # Labels have commas of their own.
+        names = [each.label for each in chosen.tied[:NAMED]]
+        more = len(chosen.tied) - len(names)
+        others = "; ".join(names) + (f"; and {more} more" if more else "")
         text += f" Tied with it, and not cheaper: {others}."
     return text
 

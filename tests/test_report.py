@@ -13,7 +13,7 @@ import made_up
 import pytest
 from rich.console import Console
 
-from orchestrator import figures, report
+from orchestrator import figures, report, selection
 from orchestrator.asked import Better
 from orchestrator.claims import judge
 from orchestrator.progress import claims_table
@@ -71,6 +71,28 @@ def test_the_page_asks_the_question_and_names_winner_teacher_failures_and_comman
         assert f"{value:.3f}" in page.text
     assert "distill: the loss is not finite at step 7 | <nan>" in page.text
     assert COMMAND in page.text
+
+
+def test_few_ties_are_named_and_many_are_counted_but_all_stand_on_the_page(tmp_path: Path) -> None:
+    perplexity = [t for t in RECORDS.trials if t.trial_id.startswith("perplexity")]
+    copies = [
+        replace(trial, trial_id=f"{copy}-{trial.seed}", axes={"copy": copy})
+        for copy in range(6)
+        for trial in perplexity
+    ]
+    items = [
+        replace(item, trial_id=f"{copy}-{trial.seed}")
+        for copy in range(6)
+        for trial in perplexity
+        for item in RECORDS.items
+        if item.trial_id == trial.trial_id
+    ]
+    records = replace(RECORDS, trials=tuple(copies), items=tuple(items), curves=(), scores=())
+    chosen = selection.winner(selection.rank(records))
+    told = report.summary(chosen, "accuracy.mean")
+    assert told.endswith("Tied with it, and not cheaper: copy=1; copy=2; copy=3; and 2 more.")
+    text = Page((write(tmp_path, records) / "report.html").read_text()).text
+    assert all(f"copy={copy}: 0." in text for copy in range(1, 6))
 
 
 def test_the_page_needs_no_network(folder: Path) -> None:
