@@ -15,13 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from markupsafe import Markup
 
 from orchestrator.asked import Better, Claim, NoBetter
-from orchestrator.figures import Drawing
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import Estimate, Ranking, Winner, axis_names, labels
 from orchestrator.tables import Cell, Column, Table
@@ -35,6 +34,18 @@ LONG = 40
 MOST_CHOICES = 24
 """Values that a column may have to be filtered by choosing one."""
 SIGNS = {"supported": ("✓", "good"), "contradicted": ("✗", "bad"), "undecided": ("?", "undecided")}
+
+
+class Drawing(Protocol):
+    """A figure: its name, a sentence on what it shows, and itself as SVG."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def caption(self) -> str: ...
+
+    def svg(self) -> bytes: ...
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     },
     "figures": {"selection", "records"},
     "report": {"asked", "selection", "records", "tables", "figures", "page"},
-    "page": {"asked", "selection", "records", "tables", "figures"},
+    "page": {"asked", "selection", "records", "tables"},
     "cluster": set(),
     "doctor": {"cluster", "plan", "spec", "store", "tracking"},
     "progress": {"claims", "selection"},
