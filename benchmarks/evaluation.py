@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from trainers import questions
 from trainers.checkpoints import load_model, load_tokenizer
 from trainers.config import ChoicesTask
+from trainers.scorer import Scorer
 
 
 def answers(scorer: HFLM, task: ChoicesTask) -> tuple[float, list[dict[str, Any]]]:
@@ -51,7 +52,7 @@ def main() -> None:
         prompt="Question: {{query}}\nAnswer:",
         limit=arguments.limit,
     )
-    sides: dict[str, HFLM] = {"ours": questions.Scorer(model, tokenizer)}
+    sides: dict[str, HFLM] = {"ours": Scorer(model, tokenizer)}
     for size in arguments.batch_sizes:
         sides[f"HFLM, batch {size}"] = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=size, device="cpu"

@@ -396,6 +396,7 @@ def _run(
 ) -> int:
     """The exit status of a run."""
     from orchestrator import running
+    from orchestrator.asking import MissingTasksError
     from orchestrator.tuning import NoRoomError
 
     options = running.Options(address, max_concurrent, _command())
@@ -403,6 +404,8 @@ def _run(
         outcome = running.run(sweep, planned, store, results, options, out)
     except NoRoomError as error:
         _refuse(str(error))
+    except MissingTasksError as error:
+        _refuse(*error.messages)
     return INTERRUPTED if outcome.interrupted else FAILED if outcome.failed else 0
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from orchestrator import report as reporting
 from orchestrator import tuning
+from orchestrator.asking import check_tasks, harness_tasks
 from orchestrator.claims import judge
 from orchestrator.growth import growth_of, plan_with
 from orchestrator.jobs import Job, make_jobs
@@ -52,8 +53,9 @@ def run(
 ) -> Outcome:
     """Run what is left of a sweep, then write records, report and winner.
 
-    `results` is absolute: workers run in folders of their own. Raises `tuning.NoRoomError` before
-    anything starts where no worker of the size asked for has room.
+    `results` is absolute: workers run in folders of their own. Before anything starts, raises
+    `tuning.NoRoomError` where no worker of the size asked for has room, and
+    `asking.MissingTasksError` where a task cannot be had.
     """
     place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)
     (place.folder / "sweep.yaml").write_text(sweep.dump_yaml(relative_to=place.folder))
@@ -85,6 +87,7 @@ class _Run:
         # Where the sweep stops no trial early, one that was stopped goes on.
         finished = self.ledger.finished_trials(stopped=self.sweep.scheduler.stops)
         jobs = self.jobs(planned, finished)
+        self.check_tasks(jobs)
         left = sum(not job.shared for job in jobs)
         greet(self.out, self.sweep, planned, len(planned.trials) - left)
         interrupted = False
@@ -98,6 +101,14 @@ class _Run:
 
     def jobs(self, planned: SweepPlan, finished: set[str]) -> list[Job]:
         return list(make_jobs(planned, finished, self.place.store, self.sweep.resources))
+
+    def check_tasks(self, jobs: Sequence[Job]) -> None:
+        """Whether the questions of the jobs can be had: better now than after hours of training."""
+        asked = harness_tasks(node for job in jobs for node in job.nodes)
+        if asked:
+            names = ", ".join(dict.fromkeys(task["name"] for task in asked))
+            self.out.print(f"looking for the questions of {escape(names)}")
+            check_tasks(asked)
 
     def run_jobs(self, jobs: Sequence[Job], planned: SweepPlan) -> bool:
         """Whether the run was interrupted."""

@@ -34,7 +34,7 @@ class StageType:
     version: int
     uses_seed: bool = False
     trains: bool = False
-    """Whether it runs on all workers of a trial, joined by DeepSpeed."""
+    """Whether it runs on all workers of a trial: by DeepSpeed, or as it shares out questions."""
     may_use_all_cores: bool = False
     """Whether it speeds up with the cores that a stage awaited by several trials is granted."""
 
@@ -65,6 +65,6 @@ STAGES: Mapping[str, StageType] = {
         StageType("importance", ImportanceConfig, "trainers.importance:run", 2),
         StageType("prune", PruneConfig, "trainers.prune:run", 2, uses_seed=True),
         StageType("distill", DistillConfig, "trainers.distill:run", 2, uses_seed=True, trains=True),
-        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 2),
+        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 2, trains=True),
     )
 }

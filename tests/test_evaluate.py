@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +178,30 @@ def test_a_loss_that_is_not_a_number_is_an_error(
     context = make_context(EvaluateConfig(corpus=CORPUS), model=save_artifact(model))
     with pytest.raises(StageError, match="held-out loss is nan"):
         evaluate.run(context)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(
+    artifact: Path, teacher: Path, make_context: MakeContext, tmp_path: Path
+) -> None:
+    generated = GeneratedTask(name="agreement", limit=300)
+    config = EvaluateConfig(corpus=CORPUS, tasks=(*TASKS[1:], generated))
+    context = make_context(config, model=artifact, teacher=teacher)
+    alone = evaluate.run(context)
+    described = {
+        "config": config.model_dump(mode="json"),
+        "inputs": {"model": str(artifact), "teacher": str(teacher)},
+    }
+    (tmp_path / "stage.json").write_text(json.dumps(described))
+    both = tmp_path / "both"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "trainers.evaluate", "--threads", "1"]
+    command += ["--config", str(tmp_path / "stage.json"), "--out", str(both)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((both / "result.json").read_text())
+    assert result["metrics"] == pytest.approx(dict(alone.metrics), abs=1e-6)
+    assert (result["tokens"], result["flops"]) == (alone.tokens, alone.flops)
+    one, two = (read_rows(folder / "items.jsonl") for folder in (context.out, both))
+    assert [row | {"score": 0} for row in two] == [row | {"score": 0} for row in one]
+    assert [row["score"] for row in two] == pytest.approx([row["score"] for row in one], abs=1e-5)

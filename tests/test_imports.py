@@ -21,6 +21,7 @@ SPEC = {
 ORCHESTRATOR: dict[str, set[str] | str] = {
     "cli": EVERYTHING,
     "running": EVERYTHING,
+    "asking": {"steps"},
     "publishing": {"records", "report", "selection", "spec"},
     "outline": {"growth", "plan", "progress", "space", "spec", "store"},
     "tuning": {
@@ -118,7 +119,7 @@ ONLY_HERE = {
     "mlflow": {"orchestrator.tracking"},
     "pyarrow": {"orchestrator.records", "orchestrator.storage"},
     "deepspeed": {"trainers.engine"},
-    "lm_eval": {"trainers.questions"},
+    "lm_eval": {"trainers.questions", "trainers.scorer"},
 }
 
 NO_TORCH = {"config", "contract", "shapes", "families", "language", "mapping"}

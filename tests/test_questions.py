@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import MakeContext, SaveArtifact
-from families_at_hand import tiny_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -27,6 +25,7 @@ from trainers.config import (
     Task,
 )
 from trainers.language import ABILITIES
+from trainers.scorer import Scorer
 
 TOKENIZER = language.tokenizer()
 QUESTIONS = 24
@@ -92,7 +91,7 @@ def harness(model: PreTrainedModel, batch_size: int = 5) -> HFLM:
 def test_every_answer_equals_the_harness_own(model: PreTrainedModel, task: Task) -> None:
     metric = getattr(task, "metric", "acc")
     theirs = questions.samples_of(harness(model), task)
-    ours = questions.samples_of(questions.Scorer(model, TOKENIZER), task)
+    ours = questions.samples_of(Scorer(model, TOKENIZER), task)
     answers = questions.ask(model, TOKENIZER, [task])
     assert len(answers) == len(ours) == len(theirs) == (task.limit or QUESTIONS)
     for answer, mine, other in zip(answers, ours, theirs, strict=True):
@@ -138,18 +137,6 @@ def test_a_model_without_some_layers_answers_as_its_pruned_checkpoint_does(
     assert [a.score for a in found] == pytest.approx([a.score for a in expected], abs=1e-5)
 
 
-@torch.no_grad()
-def test_capped_logits_are_read_as_the_model_gives_them() -> None:
-    model = tiny_model("gemma2")
-    model.config.final_logit_softcapping = 0.5
-    tokens = torch.arange(9)[None]
-    logits = model(input_ids=tokens).logits[0, -1]
-    hidden = checkpoints.final_hidden(model, tokens)[0]
-    found, greedy = questions.Scorer(model, TOKENIZER)._read(hidden, [7])
-    assert found == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-5)
-    assert greedy == (int(logits.argmax()) == 7)
-
-
 def test_long_contexts_are_cut_on_the_left_as_the_harness_does(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -165,26 +152,9 @@ def test_long_contexts_are_cut_on_the_left_as_the_harness_does(
             for sample in questions.samples_of(scorer, task)
             for value, _ in sample["filtered_resps"]
         ]
-        for scorer in (questions.Scorer(model, TOKENIZER), harness(model))
+        for scorer in (Scorer(model, TOKENIZER), harness(model))
     )
     assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_packing_changes_no_answer(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = [GeneratedTask(name="knowledge", limit=QUESTIONS)]
-    together = questions.ask(model, TOKENIZER, tasks)
-    monkeypatch.setattr(questions, "TOKENS_A_BATCH", 1)
-    alone = questions.ask(model, TOKENIZER, tasks)
-    assert [a.score for a in alone] == pytest.approx([a.score for a in together], abs=1e-4)
-
-
-@pytest.mark.parametrize("lengths", [[], [1], [3, 3, 3], [1, 5, 9, 9, 4000]])
-def test_batches_hold_every_request_once_within_their_size(lengths: list[int]) -> None:
-    sequences = [tuple(range(length)) for length in lengths]
-    batches = questions._packed(sequences)
-    assert [sequence for batch in batches for sequence in batch] == sequences
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= questions.TOKENS_A_BATCH
 
 
 # --- which questions -------------------------------------------------------------------------
@@ -229,7 +199,7 @@ def test_shots_put_other_questions_and_their_answers_before_the_question(
     model: PreTrainedModel, choices_file: Path
 ) -> None:
     rows = [json.loads(line) for line in choices_file.read_text().splitlines()]
-    scorer = questions.Scorer(model, TOKENIZER)
+    scorer = Scorer(model, TOKENIZER)
     plain = questions.samples_of(scorer, ChoicesTask(name="choices", path=choices_file))
     shown = questions.samples_of(scorer, ChoicesTask(name="choices", path=choices_file, shots=2))
     for without, with_shots in zip(plain, shown, strict=True):

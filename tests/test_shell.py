@@ -186,7 +186,7 @@ def test_a_stage_that_cannot_share_its_work_says_so_to_a_launcher(
         call(monkeypatch, tmp_path, described(artifact))
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "runs on one worker, not on 2; on several run Correct, Distill, Importance" in said
+    assert "runs on one worker, not on 2; on several run Correct, Distill, Evaluate" in said
     assert not (tmp_path / "out").exists()
 
 

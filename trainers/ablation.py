@@ -49,17 +49,18 @@ class _Call:
 
 @torch.no_grad()
 def hidden_without(
-    model: PreTrainedModel, input_ids_BL: Tensor, blocks: Sequence[Block]
+    model: PreTrainedModel, input_ids_BL: Tensor, blocks: Sequence[Block], **how: Tensor
 ) -> Iterator[Tensor]:
     """Hidden states after the last norm, (batch, length, hidden): of the intact model, then of the
-    model without each block in turn.
+    model without each block in turn. `how` holds a mask and positions that are not the usual ones.
 
     The intact model runs once. What a left-out block leaves as it was, the stream before it, is
     taken from there; only the layers behind the block run again.
     """
     calls: list[_Call] = []
     with _noting_calls(model, calls):
-        intact: Tensor = model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        found = model.base_model(input_ids=input_ids_BL, use_cache=False, **how)
+        intact: Tensor = found.last_hidden_state
     yield intact
     norm = model.get_submodule(family_of(model.config.to_dict()).final_norm)
     for first, length in blocks:

@@ -339,11 +339,17 @@ class PartialTask(Frozen):
 
 
 class HarnessTask(Frozen):
-    """Any multiple-choice or generation task that lm-evaluation-harness knows by name."""
+    """Any task, group or tag of tasks that lm-evaluation-harness knows by name.
+
+    `metric` is one that the harness names for it (gsm8k: exact_match), and `filter` which of its
+    ways to read an answer counts (gsm8k: strict-match or flexible-extract), by default its first.
+    Of a group, `limit` is for each of its tasks, and all questions count the same.
+    """
 
     kind: Literal["harness"] = "harness"
     name: str
     metric: str = "acc"
+    filter: str | None = None
     shots: int = Field(ge=0)
     limit: int | None = Field(default=None, gt=0)
 

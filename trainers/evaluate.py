@@ -1,4 +1,7 @@
-"""Stage `evaluate`: held-out LM loss, KL to the teacher, and downstream accuracy of a model."""
+"""Stage `evaluate`: held-out LM loss, KL to the teacher, and downstream accuracy of a model.
+
+On several workers each takes its share of the text and of the questions.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from trainers import corpus, shell, workers
@@ -60,25 +63,54 @@ def held_out(
     blocks_NL: Tensor,
     teacher: LiveTeacher | None,
     tick: Callable[[int], None] = lambda blocks: None,
+    share: tuple[int, int] = (0, 1),
 ) -> HeldOut:
-    """What the model makes of held-out text, beside a teacher where there is one."""
-    cross, divergence = 0.0, 0.0
+    """What the model makes of held-out text, beside a teacher where there is one.
+
+    `share`: this process' place among those that share the blocks, and how many they are. All of
+    them tick alike and come to the same.
+    """
+    rank, processes = share
+    sums_2 = torch.zeros(2, dtype=torch.float64)
     calibration = _Calibration()
-    for batch_BL in torch.split(blocks_NL.to(model.device), BLOCKS_A_BATCH):
-        labels_N = batch_BL[:, 1:].flatten()
-        hidden_ND = final_hidden(model, batch_BL)[:, :-1].flatten(0, 1)
-        taught = teacher.targets(batch_BL) if teacher else None
-        for start in range(0, len(hidden_ND), TOKENS_A_CHUNK):
-            place = slice(start, start + TOKENS_A_CHUNK)
-            logits_NV = softcapped(F.linear(hidden_ND[place], output_head(model)), model)
-            cross += float(cross_entropy(logits_NV, labels_N[place]))
-            if taught is not None:
-                divergence += float(forward_kl(logits_NV, taught.logits(place)))
-            calibration.add(logits_NV, labels_N[place])
-        tick(len(batch_BL))
+    batches = torch.split(blocks_NL, BLOCKS_A_BATCH)
+    for first in range(0, len(batches), processes):
+        together = batches[first : first + processes]
+        if rank < len(together):
+            sums_2 += _summed(model, together[rank].to(model.device), teacher, calibration)
+        tick(sum(map(len, together)))
+    cross, divergence = _over(processes, sums_2, model.device).tolist()
+    calibration.sums_3B = _over(processes, calibration.sums_3B, model.device)
     predicted = blocks_NL.shape[0] * (blocks_NL.shape[1] - 1)
     kd_loss = divergence / predicted if teacher else None
     return HeldOut(cross / predicted, kd_loss, calibration.error())
+
+
+def _summed(
+    model: PreTrainedModel, batch_BL: Tensor, teacher: LiveTeacher | None, calibration: _Calibration
+) -> Tensor:
+    """Cross-entropy and divergence in nats, added up over all predicted tokens of a batch."""
+    cross, divergence = 0.0, 0.0
+    labels_N = batch_BL[:, 1:].flatten()
+    hidden_ND = final_hidden(model, batch_BL)[:, :-1].flatten(0, 1)
+    taught = teacher.targets(batch_BL) if teacher else None
+    for start in range(0, len(hidden_ND), TOKENS_A_CHUNK):
+        place = slice(start, start + TOKENS_A_CHUNK)
+        logits_NV = softcapped(F.linear(hidden_ND[place], output_head(model)), model)
+        cross += float(cross_entropy(logits_NV, labels_N[place]))
+        if taught is not None:
+            divergence += float(forward_kl(logits_NV, taught.logits(place)))
+        calibration.add(logits_NV, labels_N[place])
+    return torch.tensor([cross, divergence], dtype=torch.float64)
+
+
+def _over(processes: int, sums: Tensor, device: torch.device) -> Tensor:
+    """The sums of all processes; on a GPU they talk through it."""
+    if processes == 1:
+        return sums
+    total = sums.to(device)
+    distributed.all_reduce(total)
+    return total.cpu()
 
 
 class _Calibration:
@@ -86,7 +118,7 @@ class _Calibration:
     bins of equal width by confidence, |accuracy - confidence| weighted by the bins' tokens."""
 
     def __init__(self) -> None:
-        self._sums_3B = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
+        self.sums_3B = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
 
     def add(self, logits_NV: Tensor, labels_N: Tensor) -> None:
         """Take in predictions with what came next."""
@@ -97,11 +129,11 @@ class _Calibration:
         rows_3N = torch.stack(
             [torch.ones_like(confidence_N), confidence_N, (likeliest_N == labels_N).float()]
         )
-        self._sums_3B.index_add_(1, bins_N.cpu(), rows_3N.double().cpu())
+        self.sums_3B.index_add_(1, bins_N.cpu(), rows_3N.double().cpu())
 
     def error(self) -> float:
         """Between 0 and 1."""
-        tokens, confidence, correct = self._sums_3B
+        tokens, confidence, correct = self.sums_3B
         return float((correct - confidence).abs().sum() / tokens.sum())
 
 
@@ -113,7 +145,7 @@ def run(context: StageContext[EvaluateConfig]) -> StageResult:
     blocks = corpus.blocks(config.corpus, folder, "heldout")
     # The questions of a task count as much as all the blocks: no one knows before how long.
     tick = Ticker(context.reporter, len(blocks) * (1 + len(config.tasks)))
-    found = held_out(model, blocks, teacher, tick)
+    found = held_out(model, blocks, teacher, tick, workers.rank_and_processes())
     if not math.isfinite(found.lm_loss):
         raise StageError(f"the held-out loss is {found.lm_loss}")
     metrics = found.metrics()
@@ -140,8 +172,10 @@ def _accuracies(
     from trainers import questions  # the harness takes seconds to import
 
     answers = questions.ask(model, load_tokenizer(folder), context.config.tasks, progress)
-    write_rows(context.out / "items.jsonl", [answer.row() for answer in answers])
-    select, report = (questions.accuracies(answers, half) for half in ("select", "report"))
+    if workers.is_first():
+        write_rows(context.out / "items.jsonl", [answer.row() for answer in answers])
+    apart = questions.better_when_lower(context.config.tasks)
+    select, report = (questions.accuracies(answers, half, apart) for half in ("select", "report"))
     return {f"accuracy.{task}": value for task, value in select.items()} | {
         f"accuracy_report.{task}": value for task, value in report.items()
     }

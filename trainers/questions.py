@@ -1,18 +1,25 @@
-"""Downstream questions: lm-evaluation-harness asks, our checkpoints answer.
+"""Downstream questions: lm-evaluation-harness asks, our checkpoints answer (`trainers.scorer`).
 
-The harness loads the tasks, builds the prompts and computes the metrics. Our part is `Scorer`,
-which gives `HFLM`'s answers without computing logits that nobody reads, and the split of the
-questions into a half to choose by and a half to report.
+The harness loads the tasks, builds the prompts and computes the metrics. Our part is to judge
+question by question, the split of the questions into a half to choose by and a half to report, and
+to say beforehand which tasks cannot be had:
+
+    python -m trainers.questions --check TASKS.json
+
+reads a list of tasks as a sweep file has them and exits with 2 where one cannot be asked here.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import logging
 import os
+import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,20 +29,17 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils as harness
-from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import distributed
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers import language
-from trainers.ablation import Block, hidden_without, left_out
-from trainers.checkpoints import final_hidden, output_head, softcapped
+from trainers.ablation import Block
 from trainers.config import (
     ChoicesTask,
     GeneratedTask,
@@ -45,8 +49,8 @@ from trainers.config import (
     hash_of,
 )
 from trainers.contract import StageError
+from trainers.scorer import AblatedScorer, Scorer
 from trainers.tasks import choices_task, partial_task
-from trainers.workers import rank_and_processes
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -56,13 +60,13 @@ _sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline
 _sandbox.filters |= harness.env.filters
 harness.env = _sandbox
 
-TOKENS_A_BATCH = 2048
 FEWSHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question answered. `score`: log-probability of the gold choice above the best other."""
+    """One question answered. `correct`: the task's metric on this question, mostly 0 or 1. `score`:
+    log-probability of the best right choice above the best wrong one."""
 
     task: str
     item_id: str
@@ -80,14 +84,18 @@ def split_of(item_id: str) -> Literal["select", "report"]:
     return "select" if int(item_id[-1], 16) % 2 == 0 else "report"
 
 
-def accuracies(answers: Sequence[Answer], split: str) -> dict[str, float]:
-    """Accuracy of each task on one half, and their `mean`: every task counts the same."""
+def accuracies(
+    answers: Sequence[Answer], split: str, apart: Collection[str] = ()
+) -> dict[str, float]:
+    """Accuracy of each task on one half, and their `mean`, in which every task counts the same but
+    those `apart` do not count."""
     by_task: dict[str, list[float]] = {}
     for answer in answers:
         if answer.split == split:
             by_task.setdefault(answer.task, []).append(answer.correct)
     found = {task: sum(values) / len(values) for task, values in by_task.items()}
-    return found | {"mean": sum(found.values()) / len(found)} if found else {}
+    counted = [value for task, value in found.items() if task not in apart]
+    return found | ({"mean": sum(counted) / len(counted)} if counted else {})
 
 
 def ask(
@@ -118,6 +126,9 @@ def ask_without(
     All of them score a task's requests together, on one pass of the layers before each block.
     `progress` hears which part of the work is done, from 0 to 1.
     """
+    lower = better_when_lower(tasks)
+    if lower:
+        raise StageError(f"less is better for {', '.join(lower)}: no measure of layers by accuracy")
     scorer = AblatedScorer(model, tokenizer, blocks)
     answers: list[list[Answer]] = [[] for _ in range(1 + len(blocks))]
     for number, task in enumerate(tasks):
@@ -133,43 +144,80 @@ def _of_one_task(progress: Callable[[float], None], number: int, tasks: int, par
     progress((number + part) / tasks)
 
 
-def _ask_one(scorer: Scorer, task: Task) -> list[Answer]:
-    return [_answer(task, sample) for sample in samples_of(scorer, task)]
-
-
 def samples_of(scorer: HFLM, task: Task) -> list[dict[str, Any]]:
     """The harness' own account of each question: its prompts, responses and metrics."""
+    return [sample for _one, sample in _samples(scorer, task)]
+
+
+def better_when_lower(tasks: Iterable[Task]) -> list[str]:
+    """The names of the tasks whose metric is better when it is lower, as a perplexity is."""
+    return [
+        task.name
+        for task in tasks
+        if isinstance(task, HarnessTask)
+        and any(
+            each.higher_is_better().get(task.metric) is False
+            for each in harness_task(task)["tasks"].values()
+        )
+    ]
+
+
+def _ask_one(scorer: Scorer, task: Task) -> list[Answer]:
+    seen = Counter[str]()
+    return [_answer(task, one, sample, seen) for one, sample in _samples(scorer, task)]
+
+
+def _samples(scorer: HFLM, task: Task) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every question once, with the harness' task that it is of: a group has several."""
     loaded = harness_task(task)
-    for found in loaded["tasks"].values():
+    for each in loaded["tasks"].values():
         # Each question draws its examples from one generator: without a new start, a task asked
         # twice would show others the second time.
-        found.set_fewshot_seed(seed=FEWSHOT_SEED)
+        each.set_fewshot_seed(seed=FEWSHOT_SEED)
     # `evaluate` and not `simple_evaluate`, which loads the data anew and inspects the machine each
     # time: ten times what the questions themselves cost a small model.
     results = evaluate(scorer, loaded, limit=task.limit, bootstrap_iters=0)
-    return [sample for found in results["samples"].values() for sample in found]
+    for name, samples in results["samples"].items():
+        each = loaded["tasks"][name]
+        wanted = _filter(task, each)
+        yield from ((each, sample) for sample in samples if sample["filter"] == wanted)
 
 
-def _answer(task: Task, sample: dict[str, Any]) -> Answer:
-    metric = "acc" if isinstance(task, GeneratedTask | PartialTask) else task.metric
+def _answer(task: Task, each: Any, sample: dict[str, Any], seen: Counter[str]) -> Answer:
+    metric = _metric(task)
     if metric not in sample:
         raise StageError(
             f"task {task.name} has no metric {metric}; it has {', '.join(sample['metrics'])}"
         )
-    item_id = hash_of([task.name, json.loads(json.dumps(sample["doc"], default=str))])[:16]
-    return Answer(task.name, item_id, split_of(item_id), float(sample[metric]), _margin(sample))
+    value = sample[metric]
+    if not isinstance(value, int | float):
+        # What the harness makes one number of, here for one question: its words and log-likelihood.
+        value = each.aggregation()[metric]([value])
+    content = hash_of([task.name, json.loads(json.dumps(sample["doc"], default=str))])[:16]
+    # A question that is in a data set twice is two questions, on the same side of the split.
+    seen[content] += 1
+    item_id = content if seen[content] == 1 else f"{seen[content]}-{content}"
+    return Answer(task.name, item_id, split_of(item_id), float(value), _margin(each, sample))
 
 
-def _margin(sample: dict[str, Any]) -> float | None:
-    """Gold log-probability minus the best other choice's; None where the task has no choices."""
-    choices = sample["filtered_resps"]
-    gold = sample["doc"].get("gold", sample["target"])  # a target may also be the answer's text
-    if isinstance(gold, str) and gold.isdigit():
-        gold = int(gold)
-    if not isinstance(gold, int) or len(choices) < 2 or not isinstance(choices[0], (tuple, list)):
+def _margin(each: Any, sample: dict[str, Any]) -> float | None:
+    """The best right choice's log-probability minus the best wrong one's; None where the task has
+    no choices, or judges them in a way of its own."""
+    own_way = callable(getattr(each.config, "process_results", None))
+    if each.OUTPUT_TYPE != "multiple_choice" or own_way:
         return None
-    scores = [float(choice[0]) for choice in choices]
-    return scores[gold] - max(score for place, score in enumerate(scores) if place != gold)
+    doc = sample["doc"]
+    choices = each.doc_to_choice(doc)
+    gold = each.doc_to_text(doc) if each.multiple_input else each.doc_to_target(doc)
+    right = {
+        choices.index(place) if place in choices else place
+        for place in (gold if isinstance(gold, list) else [gold])
+    }
+    # Behind the choices there may be others' likelihoods, which a metric sets them against.
+    scores = [float(response[0]) for response in sample["filtered_resps"][: len(choices)]]
+    told = [score for place, score in enumerate(scores) if place in right]
+    others = [score for place, score in enumerate(scores) if place not in right]
+    return max(told) - max(others) if told and others else None
 
 
 # --- tasks -----------------------------------------------------------------------------------
@@ -179,14 +227,30 @@ def _margin(sample: dict[str, Any]) -> float | None:
 def harness_task(task: Task) -> Any:
     """The harness' task, with its questions in memory. Raises `StageError` where they are not to
     be had."""
+    manager = _index(task)
+    if isinstance(task, HarnessTask) and task.name not in manager.all_tasks:
+        near = difflib.get_close_matches(task.name, manager.all_tasks, n=3, cutoff=0.0)
+        raise StageError(
+            f"lm-evaluation-harness has no task {task.name}; nearest: {', '.join(near)}"
+        )
     try:
         with tempfile.TemporaryDirectory(prefix="questions-") as scratch:
-            found = _index(task).load([_prepared(task, Path(scratch))])
-    except (ConnectionError, OSError) as error:
-        raise StageError(f"cannot get the questions of task {task.name}: {error}") from error
+            found = manager.load([_prepared(task, Path(scratch))])
+    except Exception as error:  # of the hub, of a file, of a package that the task's code wants
+        raise StageError(
+            f"cannot get the questions of task {task.name}: {_reason(error)}"
+        ) from error
     for each in found["tasks"].values():
         each.set_config(key="num_fewshot", value=task.shots)
     return found
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what is at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _prepared(task: Task, scratch: Path) -> str | dict[str, Any]:
@@ -215,134 +279,78 @@ def _task_manager(include_defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=include_defaults)
 
 
-# --- scoring ---------------------------------------------------------------------------------
+def _metric(task: Task) -> str:
+    return "acc" if isinstance(task, GeneratedTask | PartialTask) else task.metric
 
 
-Tokens = tuple[int, ...]
-Request = tuple[Any, list[int], list[int]]
-"""What the harness calls it, the context's tokens, and the continuation's."""
-Response = tuple[float, bool]
-"""The continuation's log-probability, and whether it is what the model would say itself."""
+def _filter(task: Task, each: Any) -> str:
+    """The name of the filter whose answers count: the one asked for, or the task's first."""
+    names = [each_filter.name for each_filter in each._filters]
+    wanted: str | None = task.filter if isinstance(task, HarnessTask) else None
+    if wanted is not None and wanted not in names:
+        raise StageError(f"task {task.name} has no filter {wanted}; it has {', '.join(names)}")
+    return wanted or names[0]
 
 
-class Scorer(HFLM):  # type: ignore[misc]
-    """`HFLM` that runs the output head on the continuation's positions alone.
-
-    Requests are packed by length, and choices that differ in nothing but their last token share
-    one forward pass. Answers equal `HFLM`'s; rolling likelihood and generation are inherited.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        device = str(model.device)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=16, device=device)
-
-    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Response]:
-        found = self._score(requests)
-        return [found[number][0] for number in range(len(requests))]
-
-    @torch.no_grad()
-    def _score(self, requests: list[Request]) -> dict[int, list[Response]]:
-        """By the request's number: the response of each variant of the model."""
-        passes: dict[Tokens, list[int]] = {}
-        for number, (_pair, context, continuation) in enumerate(requests):
-            whole = (context + continuation)[-(self.max_length + 1) :]
-            passes.setdefault(tuple(whole[:-1]), []).append(number)
-        found: dict[int, list[Response]] = defaultdict(list)
-        for batch in self._share(_packed(sorted(passes, key=len))):
-            for hidden_BLD in self._hidden(_padded(batch).to(self.model.device)):
-                for tokens, hidden_LD in zip(batch, hidden_BLD, strict=True):
-                    for number in passes[tokens]:
-                        response = self._read(hidden_LD[: len(tokens)], requests[number][2])
-                        found[number].append(response)
-        return found
-
-    def _share(self, batches: list[list[Tokens]]) -> Iterator[list[Tokens]]:
-        """The batches to run here."""
-        yield from batches
-
-    def _hidden(self, tokens_BL: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Final hidden states of each variant of the model: here there is one."""
-        yield final_hidden(self.model, tokens_BL)
-
-    def _read(self, hidden_LD: torch.Tensor, continuation: list[int]) -> Response:
-        logits = torch.nn.functional.linear(
-            hidden_LD[-len(continuation) :], output_head(self.model)
-        )
-        log_probabilities = torch.log_softmax(softcapped(logits, self.model).float(), dim=-1)
-        gold = torch.tensor(continuation, device=hidden_LD.device)
-        total = log_probabilities.gather(1, gold[:, None]).sum()
-        return float(total), bool((log_probabilities.argmax(-1) == gold).all())
+# --- before anything starts ------------------------------------------------------------------
 
 
-class AblatedScorer(Scorer):
-    """Answers for the model (`variant` 0) and for the model without `blocks[variant - 1]`.
-
-    The first variant to be asked scores the requests for all of them; of that only the responses
-    are kept, for the others to be asked the same. Where torch.distributed runs, every process must
-    ask the same and each scores its share of the batches.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        blocks: Sequence[Block],
-    ) -> None:
-        super().__init__(model, tokenizer)
-        self.variant = 0
-        self.progress: Callable[[float], None] = lambda part: None
-        self.lengths: list[int] = []
-        self._blocks = blocks
-        self._table: dict[str, dict[int, list[Response]]] = {}
-
-    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Response]:
-        asked = hash_of([[context, continuation] for _pair, context, continuation in requests])
-        if asked not in self._table:
-            self._table[asked] = _gathered(self._score(requests))
-        found = self._table[asked]
-        return [found[number][self.variant] for number in range(len(requests))]
-
-    def _share(self, batches: list[list[Tokens]]) -> Iterator[list[Tokens]]:
-        rank, processes = rank_and_processes()
-        self.lengths += [len(tokens) for batch in batches for tokens in batch]
-        mine = batches[rank::processes]
-        for number, batch in enumerate(mine):
-            self.progress(number / len(mine))
-            yield batch
-
-    def _hidden(self, tokens_BL: torch.Tensor) -> Iterator[torch.Tensor]:
-        yield from hidden_without(self.model, tokens_BL, self._blocks)
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """`HFLM`'s, by the model without the variant's block: nothing is shared here."""
-        if self.variant == 0:
-            return list(super().generate_until(requests, disable_tqdm))
-        with left_out(self.model, *self._blocks[self.variant - 1]):
-            return list(super().generate_until(requests, disable_tqdm))
+def missing(tasks: Iterable[Task]) -> list[str]:
+    """One message for each task that cannot be asked here: unknown, without data, or without the
+    metric, the filter or the examples that are asked for."""
+    problems = []
+    for task in dict.fromkeys(tasks):
+        try:
+            _check(task)
+        except StageError as error:
+            problems.append(str(error))
+    return problems
 
 
-def _gathered(found: dict[int, list[Response]]) -> dict[int, list[Response]]:
-    """What all processes found."""
-    _rank, processes = rank_and_processes()
-    if processes == 1:
-        return found
-    parts: list[Any] = [None] * processes
-    distributed.all_gather_object(parts, found)
-    return {number: responses for part in parts for number, responses in part.items()}
+def _check(task: Task) -> None:
+    for each in harness_task(task)["tasks"].values():
+        _filter(task, each)
+        metrics = list(each.aggregation())
+        if _metric(task) not in metrics and not _names_its_metrics_late(each):
+            raise StageError(
+                f"task {task.name} has no metric {_metric(task)}; it has {', '.join(metrics)}"
+            )
+        if getattr(each, "UNSAFE_CODE", False):
+            raise StageError(f"task {task.name} runs code that the model wrote, which is not safe")
+        if getattr(each, "MULTIMODAL", False):
+            raise StageError(f"task {task.name} shows pictures or sound to the model")
+        each.set_fewshot_seed(seed=FEWSHOT_SEED)
+        try:
+            each.build_all_requests(limit=1)
+        except Exception as error:  # of a template, or of too few examples to show
+            raise StageError(f"cannot ask task {task.name}: {_reason(error)}") from error
 
 
-def _padded(batch: list[Tokens]) -> torch.Tensor:
-    # Padding stands on the right, where causal attention never looks back at it.
-    longest = max(map(len, batch))
-    return torch.tensor([list(tokens) + [0] * (longest - len(tokens)) for tokens in batch])
+def _names_its_metrics_late(each: Any) -> bool:
+    """Whether a metric is a function that may return several by names of its own."""
+    return any(
+        callable(entry["metric"]) or entry.get("hf_evaluate")
+        for entry in each.config.metric_list or ()
+    )
 
 
-def _packed(sequences: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Neighbours in length, together until they would pad to more than `TOKENS_A_BATCH`."""
-    batches: list[list[tuple[int, ...]]] = []
-    for tokens in sequences:
-        if batches and len(tokens) * (len(batches[-1]) + 1) <= TOKENS_A_BATCH:
-            batches[-1].append(tokens)
-        else:
-            batches.append([tokens])
-    return batches
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the tasks in a file. 0: all can be asked; 2: one message a line says which cannot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", type=Path, required=True, metavar="TASKS.json")
+    path = parser.parse_args(arguments).check
+    try:
+        tasks = TypeAdapter(tuple[Task, ...]).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        problems = [f"{path}: {error}"]
+    else:
+        problems = missing(tasks)
+    for problem in problems:
+        print(problem)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

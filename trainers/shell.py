@@ -23,12 +23,18 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainers.config import CorrectConfig, DistillConfig, ImportanceConfig, PretrainConfig
+from trainers.config import (
+    CorrectConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ImportanceConfig,
+    PretrainConfig,
+)
 from trainers.contract import Runtime, Silent, StageContext, StageError, StageResult
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ON_SEVERAL_WORKERS: frozenset[type[BaseModel]] = frozenset(
-    {PretrainConfig, CorrectConfig, DistillConfig, ImportanceConfig}
+    {PretrainConfig, CorrectConfig, DistillConfig, EvaluateConfig, ImportanceConfig}
 )
 """The stages that share their work out; of the others every process would do all of it."""
 
