@@ -46,4 +46,6 @@ def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         # What the check has to say stands on its own; of a crash the last line says the most.
-        raise MissingTasksError(*(done.stdout.splitlines() or done.stderr.splitlines()[-1:]))
+        said = done.stdout.splitlines() or done.stderr.splitlines()[-1:]
+        silent = f"looking for the questions failed with status {done.returncode}"
+        raise MissingTasksError(*(said or [silent]))

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
+from datasets import Dataset, DatasetDict
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from trainers import language, questions
+from trainers import checkpoints, language, questions
 from trainers.config import HarnessTask
 from trainers.contract import StageError
 
@@ -296,3 +298,49 @@ def test_a_check_from_a_shell_says_what_is_missing_with_status_2(
         asked.write_text(json.dumps(tasks))
         assert questions.main(["--check", str(asked)]) == status
         assert said in capsys.readouterr().out
+
+
+# --- the harness' own descriptions -----------------------------------------------------------
+
+
+def _fact(number: int) -> dict[str, Any]:
+    """A row that has the fields of mmlu, gsm8k and truthfulqa at once."""
+    truths = {"choices": ["the dog sings .", "the cat sleeps .", "sings"], "labels": [1, 1, 0]}
+    return {
+        "question": f"{ROWS[number]['query']} ?",
+        "choices": ["dog", "cat", "dogs", "cats"],
+        "answer": number % 4,
+        "mc1_targets": truths,
+        "mc2_targets": truths,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [
+        (HarnessTask(name="mmlu_stem", shots=5, limit=2), 2 * 19),
+        (HarnessTask(name="gsm8k", shots=5, metric="exact_match", filter="flexible-extract"), 6),
+        (HarnessTask(name="truthfulqa_mc2", shots=0), 6),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_descriptions_that_ship_with_the_harness_are_asked_with_explicit_shots(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: dict[str, Any], task: HarnessTask, count: int
+) -> None:
+    # Their questions are on the hub; rows of the same form stand in for them.
+    def rows(path: str, **_: Any) -> DatasetDict:
+        facts = [_fact(number) for number in range(6)]
+        if path == "openai/gsm8k":
+            facts = [{"question": f["question"], "answer": f"#### {f['answer']}"} for f in facts]
+        split = Dataset.from_list(facts)
+        return DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), split))
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    questions.harness_task.cache_clear()
+    model = checkpoints.new_model(tiny_config | {"max_position_embeddings": 512}, seed=1).eval()
+    assert questions.missing([task]) == []
+    answers = questions.ask(model, TOKENIZER, [task])
+    assert len(answers) == len({answer.item_id for answer in answers}) == count
+    assert all(0 <= answer.correct <= 1 for answer in answers)
+    questions.harness_task.cache_clear()
