@@ -213,12 +213,16 @@ class Scorer(HFLM):  # type: ignore[misc]
             pretrained=model, tokenizer=tokenizer, batch_size=REQUESTS_A_BATCH, device=device
         )
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Response]:
+        """Each continuation's log-probability after its context."""
+        return list(super().loglikelihood(requests, disable_tqdm))
+
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Response]:
         found = gathered(self._score(requests))
         return [found[number][0] for number in range(len(requests))]
 
     def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
+        self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """The log-probability of each whole text, in windows as `HFLM` cuts them."""
         windows = [self._windows(request.args[0]) for request in requests]
@@ -230,7 +234,7 @@ class Scorer(HFLM):  # type: ignore[misc]
         pairs = harness.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
         return [(None, *harness.make_disjoint_window(pair)) for pair in pairs]
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """What the model says after each context, up to a word to stop at."""
         rank, processes = rank_and_processes()
         mine = requests[rank::processes]
@@ -304,7 +308,7 @@ class AblatedScorer(Scorer):
         how = {name: values for name, values in inputs.items() if name != "input_ids"}
         yield from hidden_without(self.model, inputs["input_ids"], self._blocks, **how)
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """By the model without the variant's block: nothing is shared here."""
         if self.variant == 0:
             return super().generate_until(requests, disable_tqdm)
