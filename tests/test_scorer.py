@@ -177,6 +177,12 @@ def test_questions_share_the_examples_shown_before_them() -> None:
     assert len(row) == 100 + 8 * 22
 
 
+def test_choices_share_a_context_that_is_longer_than_a_row() -> None:
+    context = tuple(range(3000))
+    batches = scorer.batches_of([(*context, last) for last in range(4)], 576, 10_000)
+    assert [len(row) for batch in batches for row in batch] == [3004]
+
+
 def test_rows_are_filled_up() -> None:
     draw = random.Random(1)
     sequences = [(number, *draw.choices(range(5), k=draw.randint(5, 60))) for number in range(300)]

@@ -8,6 +8,7 @@ positions that predict a continuation, for a whole batch in one product.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ TOKENS_A_BATCH = 512
 """About how many tokens the model gets at a time: what passes between two layers stays in a core's
 cache."""
 TOKENS_A_ROW = 2048
-"""Up to how many tokens share their beginnings: attention sees all pairs of a row's."""
+"""Up to how many tokens share their beginnings, as attention sees all pairs of a row's; a quarter
+more than its own where one sequence is longer."""
 POSITIONS_A_CHUNK = 256
 """Of how many positions the logits are held at a time."""
 REQUESTS_A_BATCH = 16
@@ -129,7 +131,7 @@ def _trees(sequences: Iterable[Tokens], hidden_size: int) -> list[Row]:
         new = len(sequence) - shared
         tree = trees[-1] if shared else Row()
         pays = shared * hidden_size >= new * len(tree)
-        if shared and pays and len(tree) + new <= TOKENS_A_ROW:
+        if shared and pays and len(tree) + new <= max(TOKENS_A_ROW, len(sequence) * 5 // 4):
             tree.add(sequence, tree.paths[previous][:shared])
         else:
             trees.append(Row())
@@ -194,7 +196,7 @@ def longest_shared(model: PreTrainedModel) -> int:
     if model.config._attn_implementation not in MASKED_ATTENTION:
         return 0
     window: int | None = getattr(model.config, "sliding_window", None)
-    return TOKENS_A_ROW if window is None else min(window, TOKENS_A_ROW)
+    return sys.maxsize if window is None else window
 
 
 # --- scoring ---------------------------------------------------------------------------------
