@@ -51,11 +51,12 @@ def answers(scorer: HFLM, task: ChoicesTask) -> tuple[float, Samples]:
 
 def largest_difference(ours: Samples, theirs: Samples) -> float:
     """Of any choice's log-probability, in nats."""
-    return max(
-        abs(mine[0] - other[0])
+    pairs = [
+        (float(mine[0]), float(other[0]))
         for one, another in zip(ours, theirs, strict=True)
         for mine, other in zip(one["filtered_resps"], another["filtered_resps"], strict=True)
-    )
+    ]
+    return max(abs(mine - other) for mine, other in pairs)
 
 
 def smollm2(folder: Path) -> Path:

@@ -140,7 +140,10 @@ class _Calibration:
 def run(context: StageContext[EvaluateConfig]) -> StageResult:
     """Measure the model in role `model`; roles `teacher` and any tasks are optional."""
     config, folder = context.config, context.model("model")
-    model = load_model(folder, config.precision).to(workers.device())
+    device = workers.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where workers exchange what they found
+    model = load_model(folder, config.precision).to(device)
     teacher = _teacher(context)
     blocks = corpus.blocks(config.corpus, folder, "heldout")
     # The questions of a task count as much as all the blocks: no one knows before how long.

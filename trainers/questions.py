@@ -121,7 +121,7 @@ def ask_without(
     progress: Callable[[float], None] = lambda done: None,
 ) -> tuple[list[list[Answer]], list[int]]:
     """The answers of the intact model, then of the model without each block of layers in turn;
-    and the length in tokens of every sequence that each of them scored.
+    and the length in tokens of every row that each of them scored.
 
     All of them score a task's requests together, on one pass of the layers before each block.
     `progress` hears which part of the work is done, from 0 to 1.
@@ -208,7 +208,8 @@ def _margin(each: Any, sample: dict[str, Any]) -> float | None:
         return None
     doc = sample["doc"]
     choices = each.doc_to_choice(doc)
-    gold = each.doc_to_text(doc) if each.multiple_input else each.doc_to_target(doc)
+    contexts_differ = getattr(each, "multiple_input", 0)
+    gold = each.doc_to_text(doc) if contexts_differ else each.doc_to_target(doc)
     right = {
         choices.index(place) if place in choices else place
         for place in (gold if isinstance(gold, list) else [gold])
