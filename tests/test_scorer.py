@@ -154,10 +154,11 @@ def test_rows_hold_every_sequence_once_within_their_size(seed: int) -> None:
         draw.choice(stems) + tuple(draw.choices(range(5), k=draw.randint(1, 12))) for _ in range(60)
     } | {tuple(range(700))}
     longest = draw.choice([0, 20, 2048])
-    batches = scorer.batches_of(sequences, draw.choice([1, 32, 4096]), longest)
+    size = draw.choice([64, 512])
+    batches = scorer.batches_of(sequences, draw.choice([1, 32, 4096]), longest, size)
     assert sorted(unrolled(batches)) == sorted(sequences)
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= scorer.TOKENS_A_BATCH
+        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= size
         for row in batch:
             assert len(row) <= scorer.TOKENS_A_ROW
             assert len(row.paths) == 1 or max(map(len, row.paths)) <= longest
@@ -166,27 +167,27 @@ def test_rows_hold_every_sequence_once_within_their_size(seed: int) -> None:
 def test_what_choices_share_stands_once() -> None:
     context = tuple(range(30))
     choices = [(*context, 40, 41), (*context, 40, 42, 43), (*context, 50)]
-    [[row]] = scorer.batches_of(choices, 64, 2048)
+    [[row]] = scorer.batches_of(choices, 64, 2048, 512)
     assert len(row) == 30 + 4 + 1
 
 
 def test_questions_share_the_examples_shown_before_them() -> None:
     examples = tuple(range(100))
     questions = [(*examples, *[200 + number] * 20, last) for number in range(8) for last in (1, 2)]
-    [[row]] = scorer.batches_of(questions, 576, 2048)
+    [[row]] = scorer.batches_of(questions, 576, 2048, 512)
     assert len(row) == 100 + 8 * 22
 
 
 def test_choices_share_a_context_that_is_longer_than_a_row() -> None:
     context = tuple(range(3000))
-    batches = scorer.batches_of([(*context, last) for last in range(4)], 576, 10_000)
+    batches = scorer.batches_of([(*context, last) for last in range(4)], 576, 10_000, 512)
     assert [len(row) for batch in batches for row in batch] == [3004]
 
 
 def test_rows_are_filled_up() -> None:
     draw = random.Random(1)
     sequences = [(number, *draw.choices(range(5), k=draw.randint(5, 60))) for number in range(300)]
-    batches = scorer.batches_of(sequences, 1, 2048)
+    batches = scorer.batches_of(sequences, 1, 2048, 512)
     padded = sum(len(batch) * max(map(len, batch)) for batch in batches)
     assert sum(map(len, sequences)) > 0.95 * padded
 
@@ -195,6 +196,6 @@ def test_a_model_whose_attention_takes_no_mask_shares_nothing() -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     assert scorer.longest_shared(model) == 0
-    batches = scorer.batches_of({(1, 2, 3), (1, 2, 4), (5,)}, 64, 0)
+    batches = scorer.batches_of({(1, 2, 3), (1, 2, 4), (5,)}, 64, 0, 512)
     assert len(unrolled(batches)) == 3
     assert all(scorer.inputs_of(batch, model).keys() == {"input_ids"} for batch in batches)

@@ -31,8 +31,8 @@ from trainers.contract import StageError
 from trainers.workers import rank_and_processes
 
 TOKENS_A_BATCH = 512
-"""About how many tokens the model gets at a time: what passes between two layers stays in a core's
-cache."""
+"""About how many tokens a model gets at a time, of four bytes a number (twice as many of two): what
+passes between two layers stays in a core's cache."""
 TOKENS_A_ROW = 2048
 """Up to how many tokens share their beginnings, as attention sees all pairs of a row's; a quarter
 more than its own where one sequence is longer."""
@@ -94,9 +94,9 @@ class Row:
 
 
 def batches_of(
-    sequences: Iterable[Tokens], hidden_size: int, longest_shared: int
+    sequences: Iterable[Tokens], hidden_size: int, longest_shared: int, size: int
 ) -> list[list[Row]]:
-    """The sequences in rows of about equal length, and those in batches of `TOKENS_A_BATCH`.
+    """The sequences in rows of about equal length, and those in batches of about `size` tokens.
 
     A sequence of more than `longest_shared` tokens has a row of its own.
     """
@@ -109,11 +109,11 @@ def batches_of(
             others.append(sequence)
     batches: list[list[Row]] = []
     for row in sorted(alone, key=len):
-        if batches and len(row) * (len(batches[-1]) + 1) <= TOKENS_A_BATCH:
+        if batches and len(row) * (len(batches[-1]) + 1) <= size:
             batches[-1].append(row)
         else:
             batches.append([row])
-    return batches + _filled(_trees(others, hidden_size))
+    return batches + _filled(_trees(others, hidden_size), size)
 
 
 def _trees(sequences: Iterable[Tokens], hidden_size: int) -> list[Row]:
@@ -145,7 +145,7 @@ def _common(one: Tokens, other: Tokens) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _filled(trees: Iterable[Row]) -> list[list[Row]]:
+def _filled(trees: Iterable[Row], size: int) -> list[list[Row]]:
     """Batches of rows that are as long as the longest tree left, filled up with shorter ones:
     what is left empty would be run for nothing."""
     left = sorted(trees, key=len)
@@ -154,7 +154,7 @@ def _filled(trees: Iterable[Row]) -> list[list[Row]]:
     while left:
         width = lengths[-1]
         batch: list[Row] = []
-        while left and (len(batch) + 1) * width <= max(TOKENS_A_BATCH, width):
+        while left and (len(batch) + 1) * width <= max(size, width):
             row = Row()
             while fitting := bisect_right(lengths, width - len(row)):
                 row.join(left.pop(fitting - 1))
@@ -253,9 +253,14 @@ class Scorer(HFLM):  # type: ignore[misc]
                 raise StageError("a question has a choice without any token")
             whole = (context + continuation)[-(self.max_length + 1) :]
             asked[tuple(whole[:-1])].append(number)
-        hidden_size = self.model.config.hidden_size
+        batches = batches_of(
+            asked,
+            self.model.config.hidden_size,
+            longest_shared(self.model),
+            TOKENS_A_BATCH * 4 // self.model.dtype.itemsize,
+        )
         found: dict[int, list[Response]] = defaultdict(list)
-        for batch in self._share(batches_of(asked, hidden_size, longest_shared(self.model))):
+        for batch in self._share(batches):
             wanted = _wanted(batch, asked, requests)
             for hidden_BLD in self._hidden(inputs_of(batch, self.model)):
                 for number, response in wanted.read(self.model, hidden_BLD):
