@@ -10,6 +10,7 @@ from orchestrator import tracking
 from orchestrator.leases import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.records import Records, read_parquet, write_parquet
+from orchestrator.runs import OnTracked
 from orchestrator.tracking import Mirrored
 
 
@@ -73,7 +74,7 @@ def _show(
     recorded: Recorded,
     records: Records,
     results: Path,
-    on_tracked: tracking.OnTracked = lambda trial_id, run_id: None,
+    on_tracked: OnTracked = lambda trial_id, run_id: None,
 ) -> Mirrored:
     resolved = recorded.folder / "sweep.yaml"
     return tracking.mirror(

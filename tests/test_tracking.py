@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 import made_up
 import pytest
 
-from orchestrator import report, tracking
+from orchestrator import report, runs, tracking
 from orchestrator.records import CurvePoint, Records
+from orchestrator.wording import shortest_names
 
 WHOLE = made_up.records(questions=5)
 KEPT = ("teacher-0", "perplexity-0", "task-2")
@@ -63,10 +65,10 @@ def test_mlflow_shows_one_parent_and_one_child_per_trial_and_the_same_when_told_
     experiment = client.get_experiment_by_name("depth_ablation")
     assert experiment is not None
 
-    def runs() -> dict[str, Run]:
+    def by_id() -> dict[str, Run]:
         return {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
 
-    first = runs()
+    first = by_id()
     assert set(tracked) == {*KEPT, None}
     assert set(first) == set(tracked.values())
     parent = first[tracked[None]]
@@ -75,10 +77,15 @@ def test_mlflow_shows_one_parent_and_one_child_per_trial_and_the_same_when_told_
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert {k: v for k, v in run.data.metrics.items() if "." in k} == trial.metrics
         assert run.data.params["seed"] == str(trial.seed)
+        assert run.data.metrics.get("parameters") == (trial.parameters if trial.metrics else None)
         assert run.info.end_time == round(trial.ended_at * 1000)
+        assert settings_of(client, run) == trial.config
     child = first[tracked["perplexity-0"]]
     assert child.info.status == "FINISHED"
-    assert child.data.params["prune.depth.criterion"] == "perplexity"
+    assert child.info.run_name == "contiguous=true, criterion=perplexity, seed=0 (perplexity-0)"
+    assert child.data.params == {
+        "contiguous": "true", "criterion": "perplexity", "group": "grid", "seed": "0"
+    }  # fmt: skip
     curve = client.get_metric_history(child.info.run_id, "lm_loss")
     expected = [p for p in RECORDS.curves if (p.trial_id, p.name) == ("perplexity-0", "lm_loss")]
     assert [(m.step, m.timestamp, m.value) for m in curve] == [
@@ -102,12 +109,12 @@ def test_mlflow_shows_one_parent_and_one_child_per_trial_and_the_same_when_told_
     done, tracked_again = show(records, tmp_path, folder)
     assert done == tracking.Mirrored(trials=3, written=1, reached=True, problem=None)
     assert tracked_again == tracked
-    second = runs()
+    second = by_id()
     assert set(second) == set(first)
     assert len(client.get_metric_history(child.info.run_id, "lm_loss")) == len(expected)
     assert len(client.get_metric_history(parent.info.run_id, "accuracy.mean")) == 1
     assert second[tracked["task-2"]].info.status == "FINISHED"
-    assert second[tracked["task-2"]].data.metrics == metrics
+    assert second[tracked["task-2"]].data.metrics == {**metrics, "parameters": 540_000.0}
 
 
 def test_a_dead_server_holds_nothing_up_and_costs_one_warning(tmp_path: Path) -> None:
@@ -184,9 +191,9 @@ def test_trials_that_found_no_room_are_written_at_the_end(
         mirror.trial(trial, curves if trial.trial_id == "t7" else ())
     mirror.finish(tmp_path, Records("s", "p", trials=trials, curves=tuple(curves)))
     assert mirror.close() == []
-    runs = shown(tmp_path, "s")
-    assert sorted(run.data.tags.get(tracking.TRIAL_TAG, "") for run in runs) == ["", *ids]
-    (last,) = [run for run in runs if run.data.tags.get(tracking.TRIAL_TAG) == "t7"]
+    found = shown(tmp_path, "s")
+    assert sorted(run.data.tags.get(runs.TRIAL_TAG, "") for run in found) == ["", *ids]
+    (last,) = [run for run in found if run.data.tags.get(runs.TRIAL_TAG) == "t7"]
     assert len(client_of(tmp_path).get_metric_history(last.info.run_id, "loss")) == len(curves)
 
 
@@ -197,8 +204,8 @@ def test_runs_that_a_slow_server_made_twice_are_one_again(tmp_path: Path) -> Non
     experiment = before[0].info.experiment_id
     for run in before:
         again = client.create_run(experiment, run.info.start_time + 1, dict(run.data.tags))
-        if tracking.SWEEP_TAG in run.data.tags:
-            tags = {"mlflow.parentRunId": again.info.run_id, tracking.TRIAL_TAG: "task-2"}
+        if runs.SWEEP_TAG in run.data.tags:
+            tags = {"mlflow.parentRunId": again.info.run_id, runs.TRIAL_TAG: "task-2"}
             client.create_run(experiment, tags=tags)
     done, tracked = show(RECORDS, tmp_path, tmp_path)
     assert (done.written, done.problem) == (0, None)
@@ -213,6 +220,11 @@ def test_what_mlflow_refuses_of_one_trial_keeps_no_other_out(tmp_path: Path) -> 
     assert done.reached and done.written == 2
     assert done.problem is not None and wrong.trial_id in done.problem
     assert set(tracked) == {None, *(trial.trial_id for trial in RECORDS.trials[1:])}
+
+
+def settings_of(client: Any, run: Any) -> Any:
+    """What the run's config.json says."""
+    return json.loads(Path(client.download_artifacts(run.info.run_id, runs.CONFIG)).read_text())
 
 
 def client_of(results: Path) -> Any:
@@ -271,11 +283,34 @@ def test_the_page_is_served_on_this_machine_only(
         tracking.ui_command(tmp_path, 5001)
 
 
-def test_settings_become_dotted_parameters_within_mlflows_limits() -> None:
-    config = {"a": {"b": [1, 2], "c": None}, "d": "x" * 7000, "e": {}, "odd*name": True}
-    found = tracking._parameters(replace(RECORDS.trials[0], config=config))
-    assert found["a.b"] == "[1, 2]"
-    assert found["a.c"] == "null"
-    assert len(found["d"]) == tracking.PARAMETER_LENGTH
-    assert found["e"] == "{}"
-    assert found["odd_name"] == "true"
+def test_parameters_are_short_names_within_mlflows_limits() -> None:
+    axes = {"a.size": 1.0, "b.size": 0.5, "c.odd*name": True, "d.long": "x" * 7000, "e.rate": 1e-05}
+    trial = replace(RECORDS.trials[1], axes=axes)
+    found = runs.parameters_of(trial, shortest_names(axes))
+    assert found == {
+        "a.size": "1",
+        "b.size": "0.5",
+        "odd_name": "true",
+        "long": "x" * runs.PARAMETER_LENGTH,
+        "rate": "1e-05",
+        "group": "grid",
+        "seed": "0",
+    }
+
+
+def test_ten_characters_tell_variants_of_one_kind_apart() -> None:
+    """MLflow draws no more of a parameter."""
+    values = [{"kind": "topk_cache", "k": 12}, {"kind": "topk_cache", "k": 2}, "live", {}]
+    assert [runs.as_text(value)[:10] for value in values] == [
+        "k=12 topk_",
+        "k=2 topk_c",
+        "live",
+        "{}",
+    ]
+
+
+def test_a_trial_with_many_long_axes_has_a_name_that_mlflow_takes() -> None:
+    axes = {f"axis_{number}": "x" * 50 for number in range(9)}
+    name = runs.run_name(replace(RECORDS.trials[1], axes=axes), shortest_names(axes))
+    assert len(name) == runs.NAME_LENGTH
+    assert name.endswith("(perplexity-0)")
