@@ -382,7 +382,7 @@ def ui(results: Path, port: int) -> None:
         command = ui_command(results, port)
     except ValueError as error:
         _refuse(str(error))
-    out.print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C to end)")
+    out.print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C to end); runs are under Model training")
     os.execv(command[0], command)
 
 

@@ -208,11 +208,15 @@ class _Run:
         except DamagedArtifactError as error:
             self.out.print(f"[yellow]warning[/]: best/ stays as it was: {escape(str(error))}")
             return
-        beside, target = self.place.folder / "best.part", self.place.folder / "best"
+        folder = self.place.folder
+        beside, target, of = folder / "best.part", folder / "best", folder / "best.trial"
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(store.path(model.stage_id) / "model", beside)
+        of.unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
+        # Beside it and not inside: another sweep may take the folder for its source, by content.
+        of.write_text(f"{won.trial.trial_id}\n")
 
     def close(self, records: Records, ranking: Ranking | None, warnings: Sequence[str]) -> None:
         """The last lines: the table, the winner, failures, and where to look next."""
