@@ -38,7 +38,7 @@ def write(
     ranking = rank(records, select_metric, mode, among)
     chosen = winner(ranking)
     written = tables.all_tables(records, ranking, claims)
-    drawn = figures.all_figures(records)
+    drawn = figures.all_figures(records, ranking)
     paths = tables.write(written, folder / "tables")
     for old in set((folder / "tables").glob("claims.*")) - set(paths):
         old.unlink()  # a claim that the sweep no longer makes

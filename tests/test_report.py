@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,11 +12,11 @@ import made_up
 import pytest
 from rich.console import Console
 
-from orchestrator import figures, report, selection
+from orchestrator import report, selection
 from orchestrator.asked import Better
 from orchestrator.claims import judge
 from orchestrator.progress import claims_table
-from orchestrator.records import CurvePoint, Records
+from orchestrator.records import Records
 
 RECORDS = made_up.records()
 QUESTION = "Which layers <can> be dropped?"
@@ -162,56 +161,3 @@ def test_the_page_quotes_the_resolved_sweep_file(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("name: <depth>\n")
     write(tmp_path, Records("s", "p"))
     assert "name: <depth>" in Page((tmp_path / "report.html").read_text()).text
-
-
-# --- figures ---
-
-
-def test_the_figures_are_drawn_that_have_something_to_show(folder: Path) -> None:
-    names = {path.stem for path in (folder / "figures").iterdir()}
-    assert names == {"loss_curves", "layer_importance_lm_loss", "layer_importance_accuracy"}
-    assert figures.all_figures(Records("s", "p")) == ()
-
-
-def test_figures_carry_no_date(folder: Path) -> None:
-    for path in (folder / "figures").glob("*.svg"):
-        assert not re.search(r"<dc:date>|20\d\d-\d\d-\d\d", path.read_text()), path
-
-
-def test_layers_count_from_one_and_the_intact_model_is_a_dashed_line() -> None:
-    drawing = figures.layer_importance(RECORDS, "lm_loss")
-    assert drawing is not None
-    lines = {str(line.get_label()): line for line in drawing.figure.axes[0].get_lines()}
-    assert set(lines) == {"1 layer", "2 layers", "4 layers", "intact model"}
-    assert list(lines["1 layer"].get_xdata()) == list(range(1, 9))
-    assert list(lines["4 layers"].get_xdata()) == [4, 5, 6, 7, 8]
-    assert set(lines["intact model"].get_ydata()) == {1.9}
-    assert lines["intact model"].get_linestyle() == "--"
-
-
-def test_a_line_is_the_mean_over_seeds_as_far_as_all_of_them_went() -> None:
-    points = [
-        CurvePoint(f"task-{seed}", step, 10 * step, 0, "loss", float(step + seed))
-        for seed, steps in ((0, 4), (1, 2))
-        for step in range(1, steps + 1)
-    ]
-    drawing = figures.loss_curves(replace(RECORDS, curves=tuple(points)))
-    assert drawing is not None
-    (line,) = drawing.figure.axes[0].get_lines()
-    assert line.get_label() == "criterion=task"
-    assert list(line.get_xdata()) == [10, 20]
-    assert list(line.get_ydata()) == [1.5, 2.5]
-
-
-def test_more_configurations_than_colours_stay_readable() -> None:
-    trials = [replace(RECORDS.trials[1], trial_id=str(i), axes={"x": i}, seed=0) for i in range(20)]
-    points = [
-        CurvePoint(str(i), step, step, 0, "loss", float(i)) for i in range(20) for step in (1, 2)
-    ]
-    records = replace(RECORDS, trials=tuple(trials), curves=tuple(points))
-    drawing = figures.loss_curves(records)
-    assert drawing is not None
-    lines = drawing.figure.axes[0].get_lines()
-    named = [str(line.get_label()) for line in lines if line.get_color() != figures.GREY]
-    assert named == [f"x={i}" for i in range(7)]
-    assert len(lines) == 20
