@@ -24,7 +24,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-WIDTH = 7.2
+WIDTH = 5.8
 """Inches that a figure may be wide: a page's text. Print would shrink the type of a wider one."""
 SMALL = 8.0
 """Points of the smallest type."""

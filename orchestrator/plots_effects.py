@@ -86,7 +86,7 @@ def aggregations(records: Records) -> Drawing | None:
     known = {pair: Estimate(loss) for pair, loss in cells.items() if loss is not None}
     published = HeatMap("published, before retraining", known)
     batches = _ordered({batch for each in (*maps, published) for batch, _ in each.cells})
-    with canvas(WIDTH, 2.9) as figure:
+    with canvas(WIDTH, 2.5) as figure:
         panels = figure.subplots(1, len(maps) + 1, squeeze=False, sharey=True)[0]
         for axes, each in zip(panels, (*maps, published), strict=True):
             _draw_map(axes, each, batches)

@@ -55,7 +55,7 @@ def pareto(records: Records, metric: str) -> Drawing | None:
     numbers = {label: number for number, label in enumerate(dict.fromkeys(front), 1)}
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
-    with canvas(WIDTH if columns > 1 else 5.8, 3.0 * rows) as figure:
+    with canvas(WIDTH if columns > 1 else 5.6, 3.0 * rows) as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
         for axes, (cost, found) in zip(grid, shown.items(), strict=False):
             _draw(axes, found, numbers, metric, cost)
