@@ -327,6 +327,51 @@ def mirror(sweep: Path | None, profile: str | None, results: Path) -> None:
 
 
 @app.command()
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder whose recorded sweeps, published and own, have the trial.",
+)
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="Run in this empty folder, and leave it there."
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.02,
+    show_default=True,
+    help="Least half width of an interval, as a share of the value.",
+)
+@click.argument("trial_id")
+def verify(trial_id: str, results: Path, keep: Path | None, tolerance: float) -> None:
+    """Run one recorded trial again from nothing; say whether it comes out within its interval.
+
+    \b
+    orchestrate verify 52a453929cd3                  a row of results/published, or of your own
+    orchestrate verify 52a4 --keep /tmp/again        the beginning of an id does; keep what ran
+    orchestrate verify 52a4 --tolerance 0.05         other machines may come out so far off
+
+    Exit status: 0 every value is within its interval, 1 one is not or the trial failed, 2 there is
+    no such trial or it cannot be built any more, 130 interrupted.
+    """
+    from orchestrator import verifying
+    from orchestrator.tuning import NoRoomError
+
+    try:
+        row = verifying.find(results, trial_id)
+        rebuilt = verifying.rebuild(row, results)
+        with verifying.fresh_folder(keep) as folder:
+            within = verifying.verify(row, folder, rebuilt, tolerance, out)
+    except SpecError as error:
+        _refuse(*error.messages)
+    except (verifying.CannotVerifyError, NoRoomError) as error:
+        _refuse(str(error))
+    sys.exit(INTERRUPTED if within is None else 0 if within else FAILED)
+
+
+@app.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--address", help="Ray cluster to look at, HOST:PORT or auto; else this machine.")
 @click.option(

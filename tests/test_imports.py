@@ -94,6 +94,10 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "page": {"asked", "selection", "records", "tables"},
     "cluster": set(),
     "doctor": {"cluster", "plan", "spec", "store", "tracking"},
+    "verifying": {
+        "jobs", "ledger", "plan", "progress", "records", "selection", "space", "store", "tracking",
+        "tuning", *SPEC,
+    },
     "progress": {"claims", "selection"},
 }  # fmt: skip
 
@@ -119,6 +123,7 @@ TRAINERS = {
     "faults": {"contract"},
     "practices": {"config"},
     "workers": {"contract"},
+    "verifying": {"config"},
 }
 
 # Package -> the only modules that may import it.
