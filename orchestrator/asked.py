@@ -16,9 +16,9 @@ from trainers.config import Frozen
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of the metric is better: losses and errors."""
+    """Whether less of the metric is better: losses, errors, waiting and memory."""
     kind = metric.partition(".")[0]
-    return "loss" in kind or "error" in kind
+    return any(part in kind for part in ("loss", "error", "first_token", "peak_memory"))
 
 
 class Select(Frozen):

@@ -19,6 +19,7 @@ from orchestrator.steps import StageNode
 from trainers.config import (
     AcquireConfig,
     Activations,
+    BenchmarkConfig,
     CacheConfig,
     CorrectConfig,
     DistillConfig,
@@ -59,6 +60,8 @@ class Demand:
     cached: SampledCache | HiddenCache | None = None
     """The cache of the smallest size that could stand for its live teacher."""
     cached_bytes: int = 0
+    timed: tuple[BenchmarkConfig, Shape, Shape] | None = None
+    """Of a benchmark its settings, the model and its teacher."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,10 @@ def _demand(node: StageNode, shapes: Mapping[str, Shape], resources: Resources) 
             return _distillation(node, model, shapes, resources)
         case "evaluate" | "importance" | "cache":
             return Demand(_forward(node, model, shapes), node.flops)
+        case "benchmark":
+            benchmark = BenchmarkConfig.model_validate(node.config)
+            timed = (benchmark, model, shapes[node.inputs["teacher"]])
+            return Demand(_generating(*timed), node.flops, timed=timed)
         case _:
             return Demand(Memory(), node.flops)
 
@@ -258,6 +265,27 @@ def _scored(config: ImportanceConfig, model: Shape) -> Memory:
             return estimate.forward_memory([model], config.precision, length)
 
 
+def _generating(config: BenchmarkConfig, model: Shape, teacher: Shape) -> Memory:
+    """Of two models that stand side by side and generate in turns: at the fullest, one reads its
+    requests or holds all of their keys and values."""
+    number = estimate.BYTES.get(config.precision, estimate.BYTES["bf16"])
+    weights, beside = (
+        shape.generation_bytes(config.precision, tokens=0) for shape in (model, teacher)
+    )
+    in_use = [
+        (shape, batch, load)
+        for load in config.loads
+        for shape, batch in ((model, load.batch), (teacher, load.teacher_batch))
+    ]
+    kept = max(
+        shape.generation_bytes(config.precision, batch * (load.input + load.output))
+        - shape.generation_bytes(config.precision, tokens=0)
+        for shape, batch, load in in_use
+    )
+    read = max(batch * load.input * shape.passed_by_layer(number) for shape, batch, load in in_use)
+    return Memory(weights=weights, teacher=beside, activations=kept, working=float(read))
+
+
 # --- where it is too much --------------------------------------------------------------------
 
 
@@ -277,6 +305,10 @@ def shortages(
 
 def _shortage(config: TrialConfig, step: str, demand: Demand, most: float) -> Shortage:
     needed, run = demand.memory.total, demand.run
+    if demand.timed is not None:
+        # The teacher beside its copy has both of its sides under the name of the other models' one.
+        own = "batch_sizes" if demand.timed[0] == config.benchmark else "teacher_batch_sizes"
+        return _fewer_requests(step, needed, most, own, *demand.timed)
     if run is None:
         return Shortage(step, needed, most, None, None, None)
     found = estimate.remedy(run, most, demand.cached)
@@ -285,6 +317,28 @@ def _shortage(config: TrialConfig, step: str, demand: Demand, most: float) -> Sh
     disk = demand.cached_bytes if "signal" in found.settings else 0
     settings = _of_trial(config, step, found)
     return Shortage(step, needed, most, run.zero_stage, settings, found.memory.total, disk)
+
+
+def _fewer_requests(
+    step: str,
+    needed: float,
+    most: float,
+    own: str,
+    config: BenchmarkConfig,
+    model: Shape,
+    teacher: Shape,
+) -> Shortage:
+    """Half as many requests at once, as often as it takes."""
+    batches = config.batches
+    while max(max(pair) for pair in batches) > 1:
+        batches = tuple((max(1, own_size // 2), max(1, other // 2)) for own_size, other in batches)
+        fewer = config.with_batches(batches)
+        if (then := _generating(fewer, model, teacher).total) <= most:
+            named = {f"benchmark.{own}": list(fewer.batch_sizes)}
+            if fewer.teacher_batch_sizes is not None:
+                named["benchmark.teacher_batch_sizes"] = list(fewer.teacher_batch_sizes)
+            return Shortage(step, needed, most, None, named, then)
+    return Shortage(step, needed, most, None, None, None)
 
 
 def _of_trial(config: TrialConfig, step: str, found: Remedy) -> dict[str, Any]:

@@ -375,8 +375,10 @@ def _trial_record(
 
 
 def _metrics(manifests: Mapping[str, Manifest]) -> dict[str, float]:
-    """The contract's metric names, from the two evaluations of a trial."""
+    """The contract's metric names, from the two evaluations and the benchmark of a trial."""
     metrics: dict[str, float] = {}
+    if "benchmark" in manifests:
+        metrics |= manifests["benchmark"].metrics
     for step in ("before", "after"):
         if step not in manifests:
             continue

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from orchestrator.plan import SweepPlan, TrialPlan
@@ -34,6 +34,10 @@ class Job:
     needs: frozenset[str]
     """Shared stages that must be stored before this job may start."""
     cpus: int
+    alone: bool = False
+    """Whether nothing else may run meanwhile: it measures time."""
+    then: Job | None = None
+    """The rest of a trial that ends with what must run alone; it goes by the same id."""
 
 
 def make_jobs(plan: SweepPlan, finished: set[str], store: Store, cpus: Resources) -> list[Job]:
@@ -48,7 +52,10 @@ def make_jobs(plan: SweepPlan, finished: set[str], store: Store, cpus: Resources
                 needs = frozenset(i for i in node.inputs.values() if i in shared)
                 wide = STAGES[node.kind].may_use_all_cores
                 cores = cpus.cpus_shared if wide else cpus.cpus_per_trial
-                shared[node.stage_id] = Job(node.stage_id, trial, (node,), True, needs, cores)
+                alone = STAGES[node.kind].runs_alone
+                shared[node.stage_id] = Job(
+                    node.stage_id, trial, (node,), True, needs, cores, alone
+                )
     trials = [
         Job(
             job_id=trial.trial.trial_id,
@@ -60,7 +67,24 @@ def make_jobs(plan: SweepPlan, finished: set[str], store: Store, cpus: Resources
         )
         for trial in open_trials
     ]
-    return [*shared.values(), *trials]
+    return [*shared.values(), *(_in_two(job, shared, store) for job in trials)]
+
+
+def _in_two(job: Job, shared: Collection[str], store: Store) -> Job:
+    """The job of a trial, without what must run alone and is still to be done: that is the whole
+    job again, which finds in the store what the first one did. So a distillation has others beside
+    it, and a timing has none."""
+    alone = {
+        node.stage_id
+        for node in job.nodes
+        if STAGES[node.kind].runs_alone
+        and node.stage_id not in shared
+        and store.manifest(node.stage_id) is None
+    }
+    if not alone:
+        return job
+    first = tuple(node for node in job.nodes if node.stage_id not in alone)
+    return replace(job, nodes=first, then=replace(job, alone=True))
 
 
 @dataclass
@@ -86,13 +110,19 @@ class JobQueue:
             self.waiting += self.more(not self.running)
         # What failed already is no reason to wait: a job that comes later fails by itself.
         over = self.done | set(self.failed)
-        job = next((job for job in self.waiting if job.needs <= over), None)
+        ready = (job for job in self.waiting if job.needs <= over)
+        job = next((job for job in ready if self._may_run_beside_others(job)), None)
         if job is not None and cpus in (None, job.cpus):
             self.waiting.remove(job)
             self.running[job.job_id] = job
             self.attempts[job.job_id] += 1
             return job
         return None
+
+    def _may_run_beside_others(self, job: Job) -> bool:
+        """Whether the job disturbs no timing, and none that it takes is disturbed."""
+        timed = any(running.alone for running in self.running.values())
+        return not self.running or not (job.alone or timed)
 
     def put_back(self, job_id: str) -> None:
         """A job that was handed out and not begun waits again."""
@@ -113,7 +143,10 @@ class JobQueue:
         job = self.running.pop(job_id)
         if outcome == "lost":
             self.waiting.insert(0, job)
-        if outcome in ("completed", "stopped"):
+        if outcome == "completed" and job.then is not None:
+            self.waiting.append(job.then)
+            del self.attempts[job_id]  # the rest is a job of its own
+        elif outcome in ("completed", "stopped"):
             self.done.add(job_id)
         if outcome != "failed":
             return []

@@ -76,6 +76,9 @@ def plan_trial(sweep: Sweep, trial: Trial) -> TrialPlan:
     except (ValueError, OSError, UnknownFamilyError) as error:
         raise SpecError(f"{origin_of(sweep, trial, 'source')}: source: {error}") from error
     shapes = _shapes_after(sweep, trial, source)
+    if wrong := _wrong_benchmark(trial, source, sweep.resources):
+        setting, problem = wrong
+        raise SpecError(f"{origin_of(sweep, trial, setting)}: {setting}: {problem}")
     try:
         steps = Steps(trial.config, sweep.resources, source, shapes).planned()
     except ValueError as error:
@@ -132,6 +135,23 @@ def _wrong_depth(
         return "keep", text + f"allowed: 1 to {count}, or a fraction up to 1.0"
     contradiction = depth.contradiction(count) if first else None
     return ("keep", contradiction) if contradiction else None
+
+
+def _wrong_benchmark(trial: Trial, source: Shape, resources: Resources) -> tuple[str, str] | None:
+    """A setting of the benchmark and why it cannot be had from this model on these machines."""
+    asked = trial.config.benchmark
+    if asked is None:
+        return None
+    if asked.backend == "vllm" and not resources.gpus_per_worker:
+        setting = "precision" if asked.precision == "fp8" else "backend"
+        value = getattr(asked, setting)
+        return f"benchmark.{setting}", f"{value} needs a GPU, and resources.gpus_per_worker is 0"
+    most = source.config.get("max_position_embeddings")
+    for index, lengths in enumerate(asked.lengths):
+        if isinstance(most, int) and lengths.input + lengths.output > most:
+            text = f"{lengths.input} + {lengths.output} tokens are more than the model's {most}"
+            return f"benchmark.lengths.{index}", text
+    return None
 
 
 # --- for people and programs -----------------------------------------------------------------

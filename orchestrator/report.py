@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator import figures, page, tables
+from orchestrator import figures, page, tables, throughput
 from orchestrator.asked import Claim
 from orchestrator.page import shown
 from orchestrator.records import Records
@@ -37,7 +37,7 @@ def write(
     """
     ranking = rank(records, select_metric, mode, among)
     chosen = winner(ranking)
-    written = tables.all_tables(records, ranking, claims)
+    written = (*tables.all_tables(records, ranking, claims), *throughput.tables(records, claims))
     drawn = figures.all_figures(records, ranking)
     paths = tables.write(written, folder / "tables")
     for old in set((folder / "tables").glob("claims.*")) - set(paths):

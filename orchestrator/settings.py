@@ -9,15 +9,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from orchestrator import schema
 from orchestrator.located import Node, Part
 from orchestrator.pruning import ByTask, PruneSettings, inconsistent
 from orchestrator.wording import Problem, nearest_first, validate
 from trainers.config import (
+    BenchmarkConfig,
     Corpus,
     DistillLoss,
     FolderModel,
@@ -138,7 +144,14 @@ class TrialConfig(Frozen):
     prune: PruneSettings | None = None
     distill: DistillSettings | None = None
     evaluate: EvaluateSettings
+    benchmark: BenchmarkConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_serializer(mode="wrap")
+    def _with_what_is_asked_for(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a benchmark a trial is what it was before there were any: its id stays."""
+        found: dict[str, Any] = dump(self)
+        return {k: v for k, v in found.items() if k != "benchmark" or v is not None}
 
     @property
     def distillations(self) -> tuple[DistillSettings | None, ...]:
@@ -209,8 +222,15 @@ def build_trial(tree: Node) -> tuple[TrialConfig | None, list[Problem]]:
     config, more = validate(TrialConfig, found, extra_keys=(schema.DATA_FOLDER,))
     problems += more
     if config is not None:
-        problems += _unknown_harness_tasks(config)
+        problems += [*_unknown_harness_tasks(config), *_missing_backend(config)]
     return (None if problems else config), problems
+
+
+def _missing_backend(config: TrialConfig) -> Iterator[Problem]:
+    asked = config.benchmark
+    if asked and asked.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        text = "vllm is not installed; `pip install -e '.[vllm]'` does it"
+        yield Problem(("benchmark", "backend"), text)
 
 
 # --- tasks of lm-evaluation-harness ----------------------------------------------------------

@@ -201,7 +201,7 @@ class ProfileFile(Frozen):
     description: str = ""
     trial: dict[str, Any] = Field(default_factory=dict)
     for_sweep: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings that a sweep of this name needs at this scale, laid over `trial`."""
+    """Settings that a sweep of this name needs at this scale, laid over `trial`, and `seeds`."""
     seeds: Seeds | None = None
     resources: Resources = Resources()
     artifacts: Location | None = None
@@ -320,10 +320,11 @@ def _over_profile(sweep: Node, profile: Node) -> Node:
     base = undotted(base) if base and base.mapping else empty
     name = sweep.child("name")
     own = profile.at(("for_sweep", str(name.value))) if name else None
-    base = merge(base, undotted(own)) if own and own.mapping else base
+    seeds = own.child("seeds") if own else None
+    base = merge(base, undotted(own.without(["seeds"]))) if own and own.mapping else base
     tree = sweep.with_entry("trial", merge(base, undotted(trial)))
     for key in ("seeds", "resources", "artifacts"):
-        scale = profile.child(key)
+        scale = (seeds if key == "seeds" else None) or profile.child(key)
         if scale is not None:
             own = sweep.child(key)
             tree = tree.with_entry(key, merge(own, scale) if own else scale)
@@ -427,7 +428,8 @@ def _base_problems(tree: Node) -> list[str]:
         return []  # a variant may mend anything; what it does not is told of the trials
     if config is None:
         return [p.message(base) for p in problems if not _mendable(p, axes)]
-    return [] if any(axis[0] == "evaluate" for axis in axes) else _metric_problems(tree, config)
+    measures = ("evaluate", "benchmark")
+    return [] if any(axis[0] in measures for axis in axes) else _metric_problems(tree, config)
 
 
 def _has_variants(tree: Node) -> bool:
@@ -459,7 +461,7 @@ def _metric_problems(tree: Node, config: TrialConfig) -> list[str]:
 
 
 def _metric_problem(parts: tuple[Part, ...], metric: Any, config: TrialConfig) -> Problem | None:
-    if not isinstance(metric, str) or metric.startswith("throughput."):
+    if not isinstance(metric, str):
         return None
     choosing = parts[0] == "select"
     kinds = ("lm_loss", "kd_loss", "calibration_error")
@@ -467,9 +469,13 @@ def _metric_problem(parts: tuple[Part, ...], metric: Any, config: TrialConfig) -
     tasks = [task.name for task in config.evaluate.tasks]
     for half in ("accuracy",) if choosing else ("accuracy", "accuracy_report"):
         measured += [f"{half}.{name}" for name in (*tasks, "mean") if tasks]
-    if metric in measured:
+    speeds = config.benchmark.metrics if config.benchmark else ()
+    if metric in (*measured, *speeds):
         return None
+    measured += [name for name in speeds if name.startswith("throughput.")]  # of very many
     why = "is not measured"
+    if metric.startswith("throughput") and config.benchmark is None:
+        why = "is not measured: there is no trial.benchmark"
     if metric.startswith("accuracy_report") and choosing:
         why = "may not choose the winner: that half of the questions is kept for the report"
     elif metric.startswith("accuracy.") and not config.evaluate.tasks:

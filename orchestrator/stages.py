@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from trainers.config import (
     AcquireConfig,
+    BenchmarkConfig,
     CacheConfig,
     CorrectConfig,
     DistillConfig,
@@ -20,7 +21,15 @@ from trainers.config import (
 )
 
 Kind = Literal[
-    "acquire", "pretrain", "correct", "importance", "prune", "cache", "distill", "evaluate"
+    "acquire",
+    "pretrain",
+    "correct",
+    "importance",
+    "prune",
+    "cache",
+    "distill",
+    "evaluate",
+    "benchmark",
 ]
 
 
@@ -37,6 +46,8 @@ class StageType:
     """Whether it runs on all workers of a trial: by DeepSpeed, or as it shares out questions."""
     may_use_all_cores: bool = False
     """Whether it speeds up with the cores that a stage awaited by several trials is granted."""
+    runs_alone: bool = False
+    """Whether nothing else of the sweep may run beside it: it measures time."""
 
 
 STAGES: Mapping[str, StageType] = {
@@ -66,5 +77,13 @@ STAGES: Mapping[str, StageType] = {
         StageType("prune", PruneConfig, "trainers.prune:run", 2, uses_seed=True),
         StageType("distill", DistillConfig, "trainers.distill:run", 2, uses_seed=True, trains=True),
         StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 2, trains=True),
+        StageType(
+            "benchmark",
+            BenchmarkConfig,
+            "trainers.benchmark:run",
+            1,
+            uses_seed=True,
+            runs_alone=True,
+        ),
     )
 }

@@ -28,6 +28,7 @@ from trainers.config import (
     AcquireConfig,
     Activations,
     AtRandom,
+    BenchmarkConfig,
     ByActivation,
     ByList,
     ByScore,
@@ -65,6 +66,7 @@ from trainers.mapping import teacher_states
 from trainers.shapes import (
     Shape,
     Sizes,
+    benchmark_cost,
     cache_bytes,
     shape_of,
     source_config,
@@ -162,6 +164,8 @@ class Steps:
             steps["before"] = self._evaluation(student, original, "before")
             student = self._distilled(config.distill, student, before, original, "")
         steps["after"] = self._evaluation(student, original, "after")
+        if config.benchmark is not None:
+            steps["benchmark"] = _benchmark_node(config.benchmark, student, original, config.seed)
         return steps
 
     def _distilled(
@@ -449,3 +453,15 @@ def _evaluate_node(
         flops += teacher.shape.forward_flops(tokens, config.corpus.block_length)
         inputs["teacher"] = teacher.node.stage_id
     return _node("evaluate", stage, inputs, None, tokens, flops)
+
+
+def _benchmark_node(
+    config: BenchmarkConfig, model: _Model, teacher: _Model, seed: int
+) -> StageNode:
+    """The original model is measured beside a second copy of itself, which tells how far such a
+    measurement can be trusted."""
+    if model.node is teacher.node:
+        config = config.of_teacher
+    tokens, flops = benchmark_cost(config, model.shape, teacher.shape)
+    inputs = {"model": model.node.stage_id, "teacher": teacher.node.stage_id}
+    return _node("benchmark", config, inputs, seed, tokens, flops)

@@ -241,7 +241,7 @@ class _Desk:
         try:
             made = [stage.stage_id for stage in stages if stage.kind == "importance"]
             scores = [execute.block_scores(stage_id, self.place.store) for stage_id in made]
-            if outcome == "completed" and not job.shared:
+            if outcome == "completed" and not job.shared and job.then is None:
                 collected = self._collected(job, stages)
         except (OSError, DamagedArtifactError) as error:  # it was there a moment ago
             outcome, reason = "lost", f"what it measured cannot be read: {error}"
@@ -260,7 +260,10 @@ class _Desk:
         if outcome == "failed":
             self._fail(job, reason, stages)
         self._pace.end(job.job_id)
-        self._watcher.finished(job.job_id, outcome, reason)
+        if outcome == "completed" and job.then is not None:
+            self._watcher.advanced(job.job_id, "waits to run alone", 0, 0, {})
+        else:
+            self._watcher.finished(job.job_id, outcome, reason)
         for doomed, why in self.queue.finish(job.job_id, outcome, reason):
             self._fail(doomed, why, [])
             self._watcher.finished(doomed.job_id, "failed", why)

@@ -25,12 +25,23 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
     """A few numbers from every stage, run one after the other on the smallest of models."""
     import numpy as np
 
-    from trainers import acquire, cache, correct, distill, evaluate, importance, pretrain, prune
+    from trainers import (
+        acquire,
+        benchmark,
+        cache,
+        correct,
+        distill,
+        evaluate,
+        importance,
+        pretrain,
+        prune,
+    )
     from trainers.activations import FILE, ActivationStatistics
     from trainers.checkpoints import load_model
     from trainers.config import (
         AcquireConfig,
         Activations,
+        BenchmarkConfig,
         ByActivation,
         ByScore,
         CacheConfig,
@@ -49,6 +60,7 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
         Perplexity,
         PretrainConfig,
         PruneConfig,
+        RequestLengths,
         SampledCache,
         Training,
         WidthCut,
@@ -151,6 +163,15 @@ def computed(folder: Path) -> dict[str, dict[str, float]]:
     _, found["evaluate"] = run(
         evaluate.run, EvaluateConfig(corpus=corpus, tasks=tasks), model=student, teacher=source
     )
+    lengths = (RequestLengths(input=6, output=4),)
+    asked = BenchmarkConfig(lengths=lengths, batch_sizes=(2,), rounds=2)
+    _, measured = run(benchmark.run, asked, model=student, teacher=source)
+    # All else are seconds, and those are not the same twice.
+    found["benchmark"] = {
+        name: value
+        for name, value in measured.items()
+        if "peak_memory" in name or name in ("tokens", "flops")
+    }
     return found
 
 

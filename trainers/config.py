@@ -10,6 +10,8 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -661,3 +663,124 @@ class EvaluateConfig(Frozen):
     corpus: Corpus
     tasks: tuple[Task, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class RequestLengths(Frozen):
+    """Tokens that a request has, and new ones that it is answered with."""
+
+    input: int = Field(gt=0)
+    output: int = Field(gt=0)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of one kind that are answered together: `batch` by the model, `teacher_batch` by its
+    teacher."""
+
+    input: int
+    output: int
+    batch: int
+    teacher_batch: int
+
+    @property
+    def name(self) -> str:
+        """As metrics have it: `in64_out32_b4`, and `in64_out32_b4t2` where the batches differ."""
+        apart = f"t{self.teacher_batch}" if self.teacher_batch != self.batch else ""
+        return f"in{self.input}_out{self.output}_b{self.batch}{apart}"
+
+
+BatchSizes = tuple[Annotated[int, Field(gt=0)], ...]
+
+BY_LOAD = (
+    "throughput",
+    "throughput_low",
+    "throughput_high",
+    "first_token_ratio",
+    "peak_memory_ratio",
+    "requests_per_s",
+    "tokens_per_s",
+    "first_token_s",
+    "peak_memory_mb",
+    "teacher_requests_per_s",
+    "teacher_tokens_per_s",
+    "teacher_first_token_s",
+    "teacher_peak_memory_mb",
+)
+"""What `BenchmarkConfig` measures of every load; `trainers.benchmark` says what each is."""
+WITH_MEAN = ("throughput", "first_token_ratio", "peak_memory_ratio")
+"""Those of which the geometric mean over all loads is given, too."""
+
+
+class BenchmarkConfig(Frozen):
+    """How fast a model (role `model`) generates beside its teacher (role `teacher`): at all
+    `lengths`, each with all `batch_sizes`, in turns over so many measured `rounds`, after `warmup`
+    rounds that are not.
+
+    `teacher_batch_sizes` has another one for the teacher beside each of `batch_sizes`, as where the
+    smaller model makes room for more requests. `fp8` is what vLLM makes of bf16 weights while it
+    loads them.
+    """
+
+    backend: Literal["transformers", "vllm"] = "transformers"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    lengths: tuple[RequestLengths, ...]
+    batch_sizes: BatchSizes
+    teacher_batch_sizes: BatchSizes | None = None
+    warmup: int = Field(default=1, ge=0)
+    rounds: int = Field(default=6, ge=2)
+    """At least two, so that each of the models goes first in one."""
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """Every length with every batch size."""
+        return tuple(
+            Load(each.input, each.output, *pair) for each in self.lengths for pair in self.batches
+        )
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Batch sizes of the model, each with the teacher's."""
+        return tuple(
+            zip(self.batch_sizes, self.teacher_batch_sizes or self.batch_sizes, strict=True)
+        )
+
+    @property
+    def of_teacher(self) -> BenchmarkConfig:
+        """The same for the teacher beside a copy of itself: with its own batch sizes."""
+        alone = self.model_copy(update={"teacher_batch_sizes": None})
+        return alone.with_batches([(other, other) for _, other in self.batches])
+
+    def with_batches(self, batches: Iterable[tuple[int, int]]) -> BenchmarkConfig:
+        """The same with other `batches`, each once."""
+        each = list(dict.fromkeys(batches))
+        sizes: dict[str, tuple[int, ...]] = {"batch_sizes": tuple(own for own, _ in each)}
+        if self.teacher_batch_sizes is not None:
+            sizes["teacher_batch_sizes"] = tuple(other for _, other in each)
+        return self.model_copy(update=sizes)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all that is measured."""
+        names = [load.name for load in self.loads]
+        return tuple(
+            f"{metric}.{name}"
+            for metric in BY_LOAD
+            for name in (*names, *(["mean"] if metric in WITH_MEAN else []))
+        )
+
+    @model_validator(mode="after")
+    def _possible(self) -> BenchmarkConfig:
+        if self.precision == "fp8" and self.backend != "vllm":
+            raise ValueError("precision fp8 needs backend: vllm, on a GPU; elsewhere fp32 or bf16")
+        if not self.lengths or not self.batch_sizes:
+            raise ValueError("needs at least one of lengths and one of batch_sizes")
+        others = self.teacher_batch_sizes
+        if others is not None and len(others) != len(self.batch_sizes):
+            raise ValueError(
+                f"teacher_batch_sizes has {len(others)} sizes for the {len(self.batch_sizes)} of "
+                "batch_sizes; it needs one beside each"
+            )
+        names = [load.name for load in self.loads]
+        if len(set(names)) < len(names):
+            raise ValueError("lengths or batch_sizes lists the same twice")
+        return self

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config import (
+    BenchmarkConfig,
     Corpus,
     FolderModel,
     GeneratedCorpus,
@@ -24,6 +25,9 @@ from trainers.config import (
     TopKCache,
 )
 from trainers.families import Family, family_of
+
+_GENERATION_BYTES = {"fp32": (4, 4), "bf16": (2, 2), "fp8": (1, 2)}
+"""Of a number in a layer's weights, and of any other."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,22 @@ class Shape:
     def training_flops(self, tokens: int, context: int) -> float:
         """FLOPs of forward and backward: three times the forward pass."""
         return 3 * self.forward_flops(tokens, context)
+
+    def generation_flops(self, read: int, made: int) -> float:
+        """FLOPs of one request that reads some tokens and is answered with `made` new ones, with a
+        key-value cache: every token but the last passes the layers once, and the output head runs
+        for what is made alone."""
+        passed = read + made - 1
+        head = 2.0 * made * self.vocab_size * self.hidden_size
+        return self.forward_flops(passed, passed, head=False) + head
+
+    def generation_bytes(self, precision: str, tokens: int) -> float:
+        """Bytes of the weights and of the keys and values of so many tokens, while the model
+        generates. vLLM's fp8 is of the layers alone: embeddings, keys and values stay in bf16."""
+        layers, other = _GENERATION_BYTES[precision]
+        tables = (self.parameters - self.parameters_non_embedding) * other
+        kept = 2 * self.num_key_value_heads * self.head_dim * self.num_hidden_layers * other
+        return float(self.parameters_non_embedding * layers + tables + kept * tokens)
 
     def kept_by_layer(self, number: int) -> int:
         """Bytes that one layer keeps for its backward pass, a token; `number` is the size of a
@@ -269,6 +289,22 @@ def _problems_with_width(shape: Shape, target: Sizes) -> list[tuple[str, str]]:
             )
         ]
     return []
+
+
+# --- what a benchmark of generation takes ----------------------------------------------------
+
+
+def benchmark_cost(config: BenchmarkConfig, model: Shape, teacher: Shape) -> tuple[int, float]:
+    """Tokens that both models read and make in all rounds, and the FLOPs of that. In each round a
+    model answers once with one token, for the time to the first, and once with all."""
+    tokens, flops = 0, 0.0
+    for load in config.loads:
+        for shape, batch in ((model, load.batch), (teacher, load.teacher_batch)):
+            for made in (1, load.output):
+                tokens += batch * (load.input + made)
+                flops += batch * shape.generation_flops(load.input, made)
+    rounds = config.warmup + config.rounds
+    return rounds * tokens, rounds * flops
 
 
 # --- the config of a model that has not been loaded -------------------------------------------
