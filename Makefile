@@ -24,7 +24,8 @@ publish: $(STAMP)  ## copy the small files of every finished sweep to results/pu
 		$(BIN)/orchestrate publish sweeps/$$sweep.yaml --profile $(PROFILE); done
 
 test: $(STAMP)  ## all tests, slow ones included, but for those that break things
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults and not slow" -n 2
+	$(BIN)/python -m pytest -m "slow and not faults" --durations=15
 
 test-faults: $(STAMP)  ## real sweeps whose processes, disks and files are broken: minutes
 	$(BIN)/python -m pytest -m faults --durations=0
