@@ -10,7 +10,7 @@ SWEEPS := depth_ablation width_vs_depth importance_aggregation importance_iterat
 	teacher_correction conventional_vs_distilled teacher_signals early_stopping throughput
 PROFILE ?= tiny
 
-.PHONY: run sweeps publish test test-faults check browser smollm2 clean
+.PHONY: run sweeps practices publish test test-faults check browser smollm2 clean
 
 run: $(STAMP)  ## prune, distil, measure, choose and report, on the tiny profile
 	$(BIN)/orchestrate sweeps/depth_ablation.yaml --profile tiny
@@ -18,6 +18,9 @@ run: $(STAMP)  ## prune, distil, measure, choose and report, on the tiny profile
 sweeps: $(STAMP)  ## every sweep at PROFILE (tiny), one after the other
 	set -e; for sweep in $(SWEEPS); do \
 		$(BIN)/orchestrate sweeps/$$sweep.yaml --profile $(PROFILE); done
+
+practices: sweeps  ## every sweep at PROFILE, then what they all say of the papers' best practices
+	$(BIN)/orchestrate practices
 
 publish: $(STAMP)  ## copy the small files of every finished sweep to results/published
 	set -e; for sweep in $(SWEEPS); do \

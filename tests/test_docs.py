@@ -137,3 +137,10 @@ def test_the_pages_show_commands_and_a_wrong_one_would_be_found() -> None:
     ):
         with pytest.raises(click.ClickException):
             parse(wrong)
+
+
+def test_the_verdicts_that_the_readme_shows_are_those_of_the_practices_page() -> None:
+    page = (ROOT / "results" / "README.md").read_text()
+    start = page.index("| # | practice |")
+    table = page[start : page.index("\n\n", start)]
+    assert table in (ROOT / "README.md").read_text()
