@@ -29,11 +29,11 @@ from trainers.config import Frozen
 Overall = Literal["supported", "contradicted", "mixed", "undecided", "no data", "no run"]
 
 RULE = (
-    "A claim is *decided* where its 95% interval lies on one side. A practice is *supported* where "
-    "every decided claim supports it and at least one does, *contradicted* where every decided "
-    "claim contradicts it and at least one does, *mixed* where decided claims disagree, "
-    "*undecided* where claims have data and none is decided; without data it has no verdict. Each "
-    "claim counts once for every profile that it has been run at."
+    "A claim is *decided* where its 95% interval lies on one side and there are several seeds. A "
+    "practice is *supported* where every decided claim supports it and at least one does, "
+    "*contradicted* where every decided claim contradicts it and at least one does, *mixed* where "
+    "decided claims disagree, *undecided* where claims have data and none is decided; without data "
+    "it has no verdict. Each claim counts once for every profile that it has been run at."
 )
 
 MARKS: dict[Overall, str] = {

@@ -381,7 +381,7 @@ def _ranking_caption(records: Records, ranking: Ranking | None) -> str:
     if ranking is None:
         return f"Configurations. {scale(records)} No trial completed, so there is no ranking."
     kind = (
-        "95% bootstrap interval over the questions to select by"
+        "95% interval over seeds (Student's t) and the questions to select by (bootstrap)"
         if ranking.metric.startswith("accuracy")
         else "95% Student's t interval over seeds"
     )
@@ -389,7 +389,8 @@ def _ranking_caption(records: Records, ranking: Ranking | None) -> str:
     return (
         f"Configurations by {ranking.metric}, {order} first. {scale(records)} Mean over seeds with "
         f"its {kind}; spread: standard deviation over seeds. Behind best: paired difference with "
-        "its interval; tied where that contains 0. Chosen: the cheapest of the tied."
+        "its interval; tied: the test against the best, after Holm's correction, does not tell "
+        "them apart. Chosen: the cheapest of the tied."
     )
 
 
@@ -459,8 +460,9 @@ def claims(records: Records, asked: Sequence[Claim]) -> Table:
         "claims",
         f"Claims. {scale(records)} Effect: the difference between trials that differ in nothing "
         "else, positive where it speaks for the claim, in the metric's unit; of rankings Kendall's "
-        "tau. Low, high: its 95% interval, Student's t over seeds unless the note says otherwise. "
-        "Undecided: the interval reaches both sides, or there is none.",
+        "tau. Low, high: its 95% interval over seeds, and over questions where the metric has "
+        "them; of rankings, what the seeds establish. Undecided: the interval reaches both sides, "
+        "there is none, or there is one seed.",
         (
             Column("practice", 0),
             Column("claim"),
