@@ -8,6 +8,7 @@ in the stage's words and not in Ray's.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import tempfile
@@ -30,8 +31,10 @@ from trainers.contract import (
     StageResult,
 )
 
-REPORTS = 50
-"""About how often a stage reports: every report is a meeting of all workers."""
+LOOKS = 500
+"""About how often in a stage the workers agree whether to report and whether to stop."""
+REPORT_EVERY_S = 4.0
+"""A report waits for Ray Train's controller, which looks every two seconds."""
 ANSWER = "worker{}.json"
 WAITING_CPU = 0.01
 """What a job takes that only waits for its workers; Tune refuses 0."""
@@ -216,12 +219,13 @@ def _process_group(backend: str) -> Iterator[None]:
 
 
 class _Together:
-    """Reports a few times, and what was measured always, on all workers at the same steps, and
+    """Reports now and then, and what was measured always, on all workers at the same steps, and
     stops all of them at the same."""
 
     def __init__(self, kind: str, workers: Workers) -> None:
         self._kind, self._job_id = kind, workers.job_id
         self._stop_files = [Path(workers.stop_file), Path(workers.early_stop_file)]
+        self._told = -math.inf
 
     def report(self, done: int, total: int, values: Mapping[str, float]) -> None:
         """See `trainers.contract.Reporter`."""
@@ -229,12 +233,18 @@ class _Together:
         from ray import train
 
         measured = "heldout_loss" in values
-        if done % max(1, total // REPORTS) and done != total and not measured:
+        if done % max(1, total // LOOKS) and done != total and not measured:
             return
+        now = time.monotonic()
+        # Clocks differ and the file may appear between two looks: what one sees, all do.
+        seen = (any(file.exists() for file in self._stop_files), now - self._told > REPORT_EVERY_S)
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        stop = torch.tensor(float(any(f.exists() for f in self._stop_files)), device=device)
-        torch.distributed.all_reduce(stop)  # the file may appear between two workers' looks
-        progress = json.dumps([self._kind, done, total, dict(values)])
-        train.report({"job_id": self._job_id, "progress": progress})
-        if stop.item():
+        flags = torch.tensor(seen, dtype=torch.float32, device=device)
+        torch.distributed.all_reduce(flags)
+        stop, due = (bool(flag) for flag in flags.tolist())
+        if due or measured:
+            self._told = now
+            progress = json.dumps([self._kind, done, total, dict(values)])
+            train.report({"job_id": self._job_id, "progress": progress})
+        if stop:
             raise Interrupted
