@@ -263,7 +263,11 @@ class Remote:
         try:
             with self._files.open_input_stream(self._path(name)) as stream:
                 return bytes(stream.read()).decode()
-        except FileNotFoundError:
+        except OSError:
+            # Opening only asks whether it is there: it may be gone before it is read, and what
+            # pyarrow then says is not always that.
+            if self._files.get_file_info(self._path(name)).is_file:
+                raise
             return None
 
     @_told

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
@@ -213,6 +214,30 @@ def test_an_object_store_that_cannot_be_reached_is_told_and_later_given_what_was
     with one.lease("prune-1"):  # as whoever asks for it again takes it
         assert one.found("prune-1") is not None
     assert other.fetch("prune-1").metrics == manifest().metrics
+
+
+def test_what_is_deleted_between_a_look_and_a_read_is_not_there(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = storage.Remote(bucket)
+    remote.write("lease", "held")
+
+    class Opened:
+        """The real file system, in which the file is deleted as soon as it has been opened."""
+
+        def __init__(self, files: Any) -> None:
+            self._files = files
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._files, name)
+
+        def open_input_stream(self, path: str) -> Any:
+            stream = self._files.open_input_stream(path)
+            self._files.delete_file(path)
+            return stream
+
+    monkeypatch.setattr(remote, "_files", Opened(remote._files))
+    assert remote.read("lease") is None
 
 
 def test_processes_of_several_machines_build_once_and_follow_one_that_is_killed(
