@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.canvas import INK, MARKERS, PALETTE, SOFT, WIDTH, Drawing, canvas, legend_below
 from orchestrator.records import TEACHER, Records
 from orchestrator.selection import Estimate, groups, labels, over_seeds, value_of
-
-_COMBO = re.compile(r"throughput\.in(\d+)_out(\d+)_b(\d+)(?:t(\d+))?")
+from orchestrator.throughput import METRIC, combos, timed_at
+from trainers.config import Load
 
 REFERENCES = (("depth", 2.7, (0, (6, 2))), ("width", 1.8, (0, (1.5, 1.5))))
 """Requests per second of Llama-3.1-Minitron 4B, pruned so, as a ratio to Llama 3.1 8B: TensorRT-LLM
 on one H100, P2 (arXiv 2408.11796) and the article's figure 8."""
 
 
-@dataclass(frozen=True, order=True)
-class Combo:
-    """What was asked for: tokens in, tokens out, requests at a time (of the teacher, if others)."""
-
-    input: int
-    output: int
-    batch: int
-    teacher_batch: int
-    metric: str
-
-    def label(self, batches: bool) -> str:
-        """For an axis; with the batch where it varies."""
-        of_teacher = f" ({self.teacher_batch})" if self.teacher_batch != self.batch else ""
-        return f"{self.input}/{self.output}" + (
-            f"\nbatch {self.batch}{of_teacher}" if batches else ""
-        )
-
-
-def combos(records: Records) -> tuple[Combo, ...]:
-    """The (input, output, batch) for which some trial has a throughput, in their order."""
-    names = {name for trial in records.trials for name in trial.metrics}
-    found = ((name, _COMBO.fullmatch(name)) for name in names)
-    return tuple(
-        sorted(
-            Combo(int(m[1]), int(m[2]), int(m[3]), int(m[4] or m[3]), name)
-            for name, m in found
-            if m
-        )
-    )
-
-
-def ratios(records: Records) -> dict[str, dict[Combo, Estimate]]:
-    """Requests per second relative to the teacher's, by configuration and combo: the mean over
+def ratios(records: Records) -> dict[str, dict[Load, Estimate]]:
+    """Requests per second relative to the teacher's, by configuration and load: the mean over
     seeds with Student's t; of one seed the lowest and highest ratio of its rounds."""
     asked, label = combos(records), labels(records)
-    found: dict[str, dict[Combo, Estimate]] = {}
+    found: dict[str, dict[Load, Estimate]] = {}
     for trials in groups(records.trials):
-        for combo in asked:
-            measured = [t for t in trials if value_of(t, combo.metric) is not None]
-            values = [v for v in (value_of(t, combo.metric) for t in measured) if v is not None]
+        for load in asked:
+            measured = [t for t in trials if value_of(t, timed_at(load)) is not None]
+            values = [v for t in measured if (v := value_of(t, timed_at(load))) is not None]
             if values:
-                _, _, name = combo.metric.partition(".")
                 known = over_seeds(values)
                 if len(values) == 1:
-                    ends = (
-                        measured[0].metrics.get(f"throughput_{e}.{name}") for e in ("low", "high")
-                    )
-                    known = Estimate(values[0], *ends)
-                found.setdefault(label[trials[0].trial_id], {})[combo] = known
+                    ends = (f"{METRIC}_{end}.{load.name}" for end in ("low", "high"))
+                    known = Estimate(values[0], *map(measured[0].metrics.get, ends))
+                found.setdefault(label[trials[0].trial_id], {})[load] = known
     return found
 
 
@@ -77,36 +41,43 @@ def throughput(records: Records) -> Drawing | None:
     measured, asked = ratios(records), combos(records)
     if not measured:
         return None
-    batches = len({(combo.batch, combo.teacher_batch) for combo in asked}) > 1
+    batches = len({(load.batch, load.teacher_batch) for load in asked}) > 1
     shown = sorted(measured, key=lambda name: (name == TEACHER, -_mean(measured[name])))
     with canvas(WIDTH, 3.2) as figure:
         axes = figure.subplots()
         for position, name in enumerate(shown[: len(PALETTE)]):
             _draw_ratios(axes, measured[name], asked, position, min(len(shown), len(PALETTE)), name)
         _draw_references(axes)
-        axes.set_xticks(range(len(asked)), [combo.label(batches) for combo in asked])
+        axes.set_xticks(range(len(asked)), [_tick(load, batches) for load in asked])
         axes.set_xlim(-0.5, len(asked) - 0.5)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens in / tokens out" + ("" if batches else f", batch {asked[0].batch}"))
         axes.set_ylabel("requests per second,\nrelative to the teacher")
         axes.grid(False, axis="x")
         legend_below(figure, axes)
-    seeds = max(len(g) for g in groups(records.trials) if value_of(g[0], asked[0].metric))
+    seeds = max(len(g) for g in groups(records.trials) if value_of(g[0], timed_at(asked[0])))
     return Drawing("throughput", _throughput_caption(seeds, len(shown)), figure)
 
 
-def _mean(known: Mapping[Combo, Estimate]) -> float:
+def _tick(load: Load, batches: bool) -> str:
+    """For an axis; with the batch where it varies."""
+    of_teacher = f" ({load.teacher_batch})" if load.teacher_batch != load.batch else ""
+    lengths = f"{load.input}/{load.output}"
+    return f"{lengths}\nbatch {load.batch}{of_teacher}" if batches else lengths
+
+
+def _mean(known: Mapping[Load, Estimate]) -> float:
     return statistics.fmean(each.value for each in known.values())
 
 
 def _draw_ratios(
-    axes: Any, known: Mapping[Combo, Estimate], asked: Sequence[Combo], position: int, of: int,
+    axes: Any, known: Mapping[Load, Estimate], asked: Sequence[Load], position: int, of: int,
     name: str,
 ) -> None:  # fmt: skip
     colour = SOFT if name == TEACHER else PALETTE[position]
     width = 0.8 / of
     places = [n + (position - (of - 1) / 2) * width for n, c in enumerate(asked) if c in known]
-    values = [known[combo] for combo in asked if combo in known]
+    values = [known[load] for load in asked if load in known]
     axes.bar(places, [v.value for v in values], width=0.88 * width, color=colour, alpha=0.35)
     axes.plot(
         places, [v.value for v in values], linestyle="none", color=colour,

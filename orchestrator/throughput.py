@@ -31,6 +31,11 @@ def combos(records: Records) -> list[Load]:
     return sorted(loads, key=lambda load: tuple(vars(load).values()))
 
 
+def timed_at(load: Load) -> str:
+    """The metric: requests per second relative to the teacher's."""
+    return f"{METRIC}.{load.name}"
+
+
 def title(load: Load) -> str:
     """For people: `64 → 32, batch 4`."""
     apart = f" (teacher {load.teacher_batch})" if load.teacher_batch != load.batch else ""
@@ -54,7 +59,7 @@ def _table(records: Records, timed: Sequence[Load], asked: Sequence[Claim]) -> T
         Column(MEAN, 2, title="all, geometric mean"),
         Column("low", 2),
         Column("high", 2),
-        *(Column(f"{METRIC}.{load.name}", 2, title=title(load)) for load in timed),
+        *(Column(timed_at(load), 2, title=title(load)) for load in timed),
         *(Column(name, 2, title=shown) for name, shown in OTHER.items()),
         Column("published"),
     )
@@ -64,7 +69,7 @@ def _table(records: Records, timed: Sequence[Load], asked: Sequence[Claim]) -> T
             trials[0].parameters,
             len(trials),
             *_cells(trials, MEAN),
-            *(_mean(trials, f"{METRIC}.{load.name}") for load in timed),
+            *(_mean(trials, timed_at(load)) for load in timed),
             *(_mean(trials, name) for name in OTHER),
             _published(trials[0], records, asked),
         )
