@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from orchestrator.asked import RUNG, Claim, Select
 from orchestrator.claims import Verdict, judge
 from orchestrator.inference import Estimate, Resamples, holm, interval
-from orchestrator.located import LocatedError, Node, read_file
+from orchestrator.located import LocatedError, read_file
+from orchestrator.recorded import Asked, read_asked, results_folders
 from orchestrator.records import Records, TrialRecord, read_parquet, read_trials
-from orchestrator.scheduling import Scheduler
 from orchestrator.selection import (
     Comparison,
     Measure,
@@ -35,8 +34,7 @@ from orchestrator.selection import (
     value_of,
     winner,
 )
-from orchestrator.wording import nearest_first, validate
-from trainers.config import Frozen
+from orchestrator.wording import nearest_first
 
 NEAREST = 4
 """How many names are told where the one that was given is none."""
@@ -83,9 +81,7 @@ def find(results: Path, wanted: str) -> Found:
 
 
 def _recorded(results: Path) -> dict[tuple[str, str], Path]:
-    published = sorted(results.glob("published/*/*/trials.parquet"))
-    own = sorted(results.glob("*/*/trials.parquet"))
-    found = {(file.parts[-3], file.parts[-2]): file.parent for file in [*published, *own]}
+    found = results_folders(results)
     if not found:
         raise CannotCompareError(f"{results}: nothing is recorded there, here or published")
     return found
@@ -144,50 +140,13 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NEAREST]) + (", …" if len(names) > NEAREST else "")
 
 
-# --- what a folder asks ----------------------------------------------------------------------
-
-
-class _Asked(Frozen):
-    """What is read of the sweep.yaml beside the records."""
-
-    select: Select = Select()
-    scheduler: Scheduler = Scheduler()
-    claims: tuple[Claim, ...] = ()
-
-    @property
-    def finalists(self) -> dict[str, Any] | None:
-        """Which trials of the grid can win; None where all can."""
-        if self.select.among is None and self.scheduler.rungs:
-            return {RUNG: self.scheduler.rungs[-1].name}
-        return self.select.among
-
-
-def _asked(folder: Path) -> _Asked:
-    path = folder / "sweep.yaml"
-    if not path.is_file():
-        return _Asked()
-    try:
-        tree = read_file(path)
-    except LocatedError as error:
-        raise CannotCompareError(*error.messages) from error
-    part: dict[str, Node] = {}
-    for key in _Asked.model_fields:
-        if (node := tree.child(key)) is not None and node.value is not None:
-            part[key] = node
-    tree = replace(tree, value=part)
-    valid, problems = validate(_Asked, tree)
-    if valid is None:
-        raise CannotCompareError(*(problem.message(tree) for problem in problems))
-    return valid
-
-
 @dataclass(frozen=True)
 class Side:
     """One of two sweeps, or the sweep of one of two trials."""
 
     found: Found
     records: Records
-    asked: _Asked
+    asked: Asked
 
     @property
     def trial(self) -> TrialRecord:
@@ -207,7 +166,11 @@ def _side(found: Found) -> Side:
         raise CannotCompareError(str(error)) from error
     # A trial that its sweep does not ask for any more can still be looked at by its id.
     records = records if found.trial_id else records.asked
-    return Side(found, records, _asked(found.folder))
+    try:
+        asked = read_asked(found.folder / "sweep.yaml")
+    except LocatedError as error:
+        raise CannotCompareError(*error.messages) from error
+    return Side(found, records, asked)
 
 
 # --- side by side ----------------------------------------------------------------------------

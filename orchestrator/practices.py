@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +18,11 @@ from rich.table import Table as Shown
 from orchestrator import papers
 from orchestrator.asked import Claim
 from orchestrator.claims import Outcome, Verdict, judge
-from orchestrator.located import LocatedError, Node, read_file
 from orchestrator.published import PAPERS, PRACTICES, Practice, PublishedTable
+from orchestrator.recorded import Asked, read_asked, results_folders
 from orchestrator.records import read_parquet
 from orchestrator.selection import Estimate
 from orchestrator.tables import Column, Table
-from orchestrator.wording import validate
-from trainers.config import Frozen
 
 Overall = Literal["supported", "contradicted", "mixed", "undecided", "no data", "no run"]
 
@@ -77,13 +75,6 @@ class Gathered:
 # --- reading ---------------------------------------------------------------------------------
 
 
-class _Asked(Frozen):
-    """What is read of a sweep file: what else it says may be of an older or newer form."""
-
-    name: str
-    claims: tuple[Claim, ...] = ()
-
-
 def gather(results: Path, sweeps: Path) -> Gathered:
     """The claims of every sweep that is recorded below `results`, one's own before published ones
     of the same name and profile, and those of the files in `sweeps` that have no run.
@@ -94,11 +85,11 @@ def gather(results: Path, sweeps: Path) -> Gathered:
 
     Raises LocatedError for a sweep file and ValueError for records that cannot be read.
     """
-    files = (read_claims(path) for path in sorted(sweeps.glob("*.yaml")))
+    files = (_asked(path) for path in sorted(sweeps.glob("*.yaml")))
     asked = {each.name: each.claims for each in files}
     lines: list[tuple[int, Line]] = []
     tables: list[PaperTable] = []
-    recorded = _recorded(results)
+    recorded = list(results_folders(results).values())
     for folder in recorded:
         sweep, profile = folder.parent.name, folder.name
         claims = _claims_of(folder, asked.get(sweep, ()))
@@ -125,33 +116,12 @@ def _title(known: PublishedTable, name: str, sweep: str, profile: str) -> str:
     return f"{known.source}{grid}: {sweep} at {profile}"
 
 
-def read_claims(path: Path) -> _Asked:
-    """The name and the claims of a sweep file, whatever else it says. Raises LocatedError."""
-    tree = read_file(path)
-    part = {key: node for key in _Asked.model_fields if (node := _given(tree, key)) is not None}
-    tree = replace(tree, value=part)
-    valid, problems = validate(_Asked, tree)
-    if valid is None:
-        raise LocatedError([problem.message(tree) for problem in problems])
-    return valid
-
-
-def _given(tree: Node, key: str) -> Node | None:
-    node = tree.child(key)
-    return None if node is None or node.value is None else node
-
-
-def _recorded(results: Path) -> list[Path]:
-    """Results folders by sweep and profile; one's own stand before published ones."""
-    published = results.glob("published/*/*/trials.parquet")
-    own = results.glob("*/*/trials.parquet")
-    chosen = {file.parts[-3:-1]: file.parent for file in [*published, *own]}
-    return [chosen[name] for name in sorted(chosen)]
+def _asked(path: Path) -> Asked:
+    return read_asked(path, ("name", "claims"))
 
 
 def _claims_of(folder: Path, newer: Sequence[Claim]) -> list[Claim]:
-    own = folder / "sweep.yaml"
-    claims = read_claims(own).claims if own.is_file() else ()
+    claims = _asked(folder / "sweep.yaml").claims
     same = {_comparison(claim): claim for claim in newer}
     return [same.get(_comparison(claim), claim) for claim in claims or newer]
 

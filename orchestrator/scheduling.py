@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.asked import lower_is_better
+from orchestrator.asked import RUNG, Select, lower_is_better
 from trainers.config import Frozen
 
 # --- which trials are tried ------------------------------------------------------------------
@@ -111,3 +111,11 @@ class Scheduler(Frozen):
             if last == (rung.keep is not None):
                 raise ValueError("every rung but the last says how many configurations to keep")
         return self
+
+
+def finalists(select: Select, scheduler: Scheduler) -> dict[str, Any] | None:
+    """Which trials of the grid can win: those meant or, in a race, those of its last rung; None
+    where all can."""
+    if select.among is None and scheduler.rungs:
+        return {RUNG: scheduler.rungs[-1].name}
+    return select.among

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from orchestrator import schema
-from orchestrator.asked import METRICS, RUNG, Claim, Select
+from orchestrator import scheduling, schema
+from orchestrator.asked import METRICS, Claim, Select
 from orchestrator.candidates import Constraints
 from orchestrator.located import (
     LocatedError,
@@ -164,10 +164,8 @@ class Sweep(SweepFile):
 
     @property
     def finalists(self) -> dict[str, Any] | None:
-        """Which trials of the grid can win; None where all can."""
-        if self.select.among is None and self.scheduler.rungs:
-            return {RUNG: self.scheduler.rungs[-1].name}
-        return self.select.among
+        """See `scheduling.finalists`."""
+        return scheduling.finalists(self.select, self.scheduler)
 
     def resolved(self, relative_to: Path | None = None) -> dict[str, Any]:
         """The sweep with everything inline, as a sweep file that needs no profile.

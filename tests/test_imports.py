@@ -22,6 +22,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "cli": EVERYTHING,
     "running": EVERYTHING,
     "asking": {"steps"},
+    "recorded": {"asked", "located", "scheduling", "wording"},
     "publishing": {"records", "report", "selection", "spec"},
     "outline": {"growth", "plan", "progress", "space", "spec", "store"},
     "tuning": {
@@ -71,11 +72,11 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "papers": {"asked", "published", "records", "selection"},
     "tables": {"asked", "claims", "papers", "selection", "records"},
     "practices": {
-        "asked", "claims", "located", "papers", "published", "records", "selection", "tables",
-        "wording",
+        "asked", "claims", "located", "papers", "published", "recorded", "records", "selection",
+        "tables",
     },
     "comparing": {
-        "asked", "claims", "inference", "located", "records", "scheduling", "selection", "wording",
+        "asked", "claims", "inference", "located", "recorded", "records", "selection", "wording",
     },
     "side_by_side": {"asked", "claims", "comparing", "inference", "progress"},
     "figures": {
@@ -108,7 +109,6 @@ TRAINERS = {
     "asked": {"config"},
     "spec": {"config"},
     "scheduling": {"config"},
-    "comparing": {"config"},
     "proposals": {"config"},
     "candidates": {"config", "shapes"},
     "pruning": {"config", "shapes"},
@@ -124,9 +124,9 @@ TRAINERS = {
     "plots_throughput": {"config"},
     "tuning": {"contract"},
     "faults": {"contract"},
-    "practices": {"config"},
     "workers": {"contract"},
     "verifying": {"config"},
+    "recorded": {"config"},
 }
 
 # Package -> the only modules that may import it.
