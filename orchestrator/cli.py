@@ -25,6 +25,7 @@ from orchestrator.plan import SweepPlan
 from orchestrator.spec import SpecError, Sweep, load
 from orchestrator.storage import open_store
 from orchestrator.store import Store
+from orchestrator.wording import hint
 
 if TYPE_CHECKING:
     from orchestrator.records import Records, TrialRecord
@@ -43,7 +44,10 @@ class _SweepByDefault(click.Group):
         if args and args[0] not in self.commands:
             if not args[0].endswith((".yaml", ".yml")) and not Path(args[0]).exists():
                 known = ", ".join(sorted(self.commands))
-                ctx.fail(f"{args[0]!r} is neither a sweep file (.yaml) nor a command ({known})")
+                meant = hint(args[0], self.commands)
+                ctx.fail(
+                    f"{args[0]!r} is neither a sweep file (.yaml) nor a command ({known}){meant}"
+                )
             args = ["run", *args]
         return super().resolve_command(ctx, args)
 
