@@ -66,7 +66,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["sweeps/no_such.yaml"], "no_such.yaml"),
-        (["plann", "x.yaml"], "neither a sweep file"),
+        (["plann", "x.yaml"], "did you mean 'plan'"),
         (["plan", "sweeps/depth_ablation.yaml", "--profile", "tyni"], "tiny"),
         (["validate", "sweeps/depth_ablation.yaml", "--set", "distil.training.steps=3"], "distill"),
         (["sweeps/depth_ablation.yaml", "--no-such-option"], "no-such-option"),
