@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.activations import hidden_of, layers_of
+from trainers.activations import layers_of
 from trainers.families import family_of
+from trainers.hooks import hidden_of
 
 Block = tuple[int, int]
 """A contiguous block of layers: the first, counted from 0, and how many."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from trainers.config import Statistic
 from trainers.contract import StageError
 from trainers.evaluate import BLOCKS_A_BATCH
 from trainers.families import Family, family_of
+from trainers.hooks import on_input, on_output
 from trainers.workers import rank_and_processes
 
 FILE = "activations.safetensors"
@@ -279,35 +280,18 @@ def _hooks(model: PreTrainedModel, family: Family, found: _Sums) -> Iterator[Rem
     layers = layers_of(model)
     streams = found.streams
     for number, layer in enumerate(layers):
-        yield _on_input(layer, partial(streams.keep, number))
+        yield on_input(layer, partial(streams.keep, number))
         for place, path in enumerate(family.norms):
             row = number * len(family.norms) + place
-            yield _on_output(layer.get_submodule(path), partial(found.add, "channels", row))
+            yield on_output(layer.get_submodule(path), partial(found.add, "channels", row))
         output = layer.get_submodule(family.attention_output)
-        yield _on_input(output, partial(found.add_heads, number))
+        yield on_input(output, partial(found.add_heads, number))
         before = layer.get_submodule(family.before_activation)
-        yield _on_output(before, partial(found.add, "pre_activation", number))
-        yield _on_input(layer.get_submodule(family.down), partial(found.add, "down_input", number))
-    yield _on_output(layers[-1], partial(streams.keep, len(layers)))
+        yield on_output(before, partial(found.add, "pre_activation", number))
+        yield on_input(layer.get_submodule(family.down), partial(found.add, "down_input", number))
+    yield on_output(layers[-1], partial(streams.keep, len(layers)))
     last = len(layers) * len(family.norms)
-    yield _on_output(model.get_submodule(family.final_norm), partial(found.add, "channels", last))
-
-
-def _on_input(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        take(inputs[0] if inputs else named["hidden_states"])
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _on_output(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
-    return module.register_forward_hook(lambda _module, _inputs, output: take(hidden_of(output)))
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a layer returns: a tensor, or a tuple that begins with it."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+    yield on_output(model.get_submodule(family.final_norm), partial(found.add, "channels", last))
 
 
 def _check_finite(found: _Sums, family: Family) -> None:

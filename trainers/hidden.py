@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from trainers.config import HiddenLoss
 from trainers.families import Family, family_of
+from trainers.hooks import on_input, on_output
 from trainers.losses import chunked
 from trainers.mapping import StateName, layer_number, state_pairs
 from trainers.mapping import teacher_states as teacher_states
@@ -52,15 +52,15 @@ def _hook(
     family = family_of({"model_type": model.config.model_type})
     kind, _, number = state.partition(".")
     if kind == "embedding":
-        return _on_output(model.get_submodule(family.embedding), take)
+        return on_output(model.get_submodule(family.embedding), take)
     layer = _layer(model, family, number)
     match kind:
         case "input":
-            return _on_input(layer, take)
+            return on_input(layer, take)
         case "output":
-            return _on_output(layer, take)
+            return on_output(layer, take)
         case "attention":
-            return _on_output(layer.get_submodule(family.attention_output), take)
+            return on_output(layer.get_submodule(family.attention_output), take)
         case _:
             raise ValueError(
                 f"no hidden state is called {state}; "
@@ -72,20 +72,6 @@ def _layer(model: PreTrainedModel, family: Family, number: str) -> nn.Module:
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers[layer_number(number, len(layers))]
-
-
-def _on_input(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        take(inputs[0] if inputs else named["hidden_states"])
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _on_output(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
-    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        take(output[0] if isinstance(output, tuple) else output)
-
-    return module.register_forward_hook(hook)
 
 
 # --- how they are compared -------------------------------------------------------------------
