@@ -233,7 +233,10 @@ def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], result
         _refuse(f"{folder}: nothing to publish; run the sweep first")
     _read(folder)
     target = results / "published" / loaded.name / loaded.profile
-    files = publishing.publish(folder, target)
+    try:
+        files = publishing.publish(folder, target)
+    except SpecError as error:
+        _refuse(*error.messages)
     size = sum(file.stat().st_size for file in files) / 1e6
     out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
 

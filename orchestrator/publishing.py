@@ -30,14 +30,15 @@ def write_report(
 def publish(folder: Path, target: Path) -> list[Path]:
     """Copy the small files of a finished sweep's folder to `target`, which is replaced; gives them.
 
-    Raises `ValueError` where the records cannot be read.
+    Raises `SpecError` where its sweep.yaml is not valid (any more); what was published before then
+    stays.
     """
+    ran = load(folder / "sweep.yaml")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in folder.glob("*.parquet"):
         shutil.copyfile(file, target / file.name)
     # All else is made anew from the records, with paths as they are from there.
-    ran = load(folder / "sweep.yaml")
     (target / "sweep.yaml").write_text(ran.dump_yaml(relative_to=target.resolve()))
     write_report(read_parquet(target), ran, target)
     return [file for file in target.rglob("*") if file.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -105,6 +106,21 @@ def test_what_needs_results_says_so_where_there_are_none(tmp_path: Path, command
     result = call(command, sweep, "--results", tmp_path / "results")
     assert result.exit_code == 2
     assert "run" in result.output
+
+
+def test_what_was_published_stays_where_it_cannot_be_published_again(tmp_path: Path) -> None:
+    results, sweep = tmp_path / "results", ROOT / "sweeps" / "temperature.yaml"
+    own, published = (
+        results / "temperature" / "tiny",
+        results / "published" / "temperature" / "tiny",
+    )
+    shutil.copytree(ROOT / "results" / "published" / "temperature" / "tiny", own)
+    shutil.copytree(own, published)
+    (own / "sweep.yaml").write_text("name: temperature\nquestion: why\n")
+    result = call("publish", sweep, "--profile", "tiny", "--results", results)
+    assert result.exit_code == 2
+    assert "sweep.yaml:1: profile: is required" in result.output.replace("\n", "")
+    assert (published / "report.html").is_file()
 
 
 def test_every_shipped_sweep_and_profile_is_valid() -> None:
