@@ -101,6 +101,7 @@ LAYOUTS = (
             Feed(
                 "width_vs_depth",
                 {
+                    ("DEP + MLP + ATT + EMB",): _cut("depth_and_all_widths"),
                     ("MLP + ATT + EMB",): _cut("all_widths"),
                     ("MLP + ATT",): _cut("heads_and_mlp"),
                     ("DEP",): _cut("depth_by_perplexity"),
