@@ -48,9 +48,10 @@ Placed = tuple[tuple[Part, ...], str]
 class ImportanceSettings(Frozen):
     """What the criteria measure on.
 
-    `samples` calibration blocks of `corpus` (the trial's own, unless one is named) for activations
-    and perplexity, `tasks` for the task criterion. Perplexity and task also score blocks of
-    `extra_block_lengths` layers, for the figures.
+    `samples` of the calibration blocks of `corpus` (the trial's own, unless one is named), drawn
+    with the seed where they are not all, for activations and perplexity; `tasks` for the task
+    criterion. Perplexity and task also score blocks of `extra_block_lengths` layers, for the
+    figures.
     """
 
     samples: int = Field(gt=0)

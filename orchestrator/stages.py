@@ -41,7 +41,6 @@ class StageType:
     config: type[BaseModel]
     entry_point: str
     version: int
-    uses_seed: bool = False
     trains: bool = False
     """Whether it runs on all workers of a trial: by DeepSpeed, or as it shares out questions."""
     may_use_all_cores: bool = False
@@ -59,7 +58,6 @@ STAGES: Mapping[str, StageType] = {
             PretrainConfig,
             "trainers.pretrain:run",
             1,
-            uses_seed=True,
             trains=True,
             may_use_all_cores=True,
         ),
@@ -68,21 +66,19 @@ STAGES: Mapping[str, StageType] = {
             CorrectConfig,
             "trainers.correct:run",
             1,
-            uses_seed=True,
             trains=True,
             may_use_all_cores=True,
         ),
-        StageType("cache", CacheConfig, "trainers.cache:run", 1, uses_seed=True),
+        StageType("cache", CacheConfig, "trainers.cache:run", 1),
         StageType("importance", ImportanceConfig, "trainers.importance:run", 2),
-        StageType("prune", PruneConfig, "trainers.prune:run", 2, uses_seed=True),
-        StageType("distill", DistillConfig, "trainers.distill:run", 2, uses_seed=True, trains=True),
+        StageType("prune", PruneConfig, "trainers.prune:run", 2),
+        StageType("distill", DistillConfig, "trainers.distill:run", 2, trains=True),
         StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 2, trains=True),
         StageType(
             "benchmark",
             BenchmarkConfig,
             "trainers.benchmark:run",
             1,
-            uses_seed=True,
             runs_alone=True,
         ),
     )

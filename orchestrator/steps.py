@@ -317,7 +317,15 @@ def _importance_node(config: TrialConfig, criterion: Criterion, model: _Model) -
             )
             for above in _layers_above_blocks(shape.num_hidden_layers, criterion.block_lengths)
         )
-    return _node("importance", stage, {"model": model.node.stage_id}, None, tokens, flops)
+    seed = config.seed if _draws_samples(stage) else None
+    return _node("importance", stage, {"model": model.node.stage_id}, seed, tokens, flops)
+
+
+def _draws_samples(stage: ImportanceConfig) -> bool:
+    """Whether the seed says on which of the calibration blocks importance is measured."""
+    if isinstance(stage.criterion, TaskAccuracy):
+        return False
+    return stage.criterion.samples < stage.corpus.calibration_blocks
 
 
 def _layers_above_blocks(count: int, lengths: Sequence[int]) -> list[int]:

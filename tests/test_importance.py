@@ -220,7 +220,7 @@ def test_activation_importance_scores_every_block_and_every_unit(
 ) -> None:
     context = make_context(config_of(Activations(samples=9)), model=artifact)
     result = importance.run(context)
-    statistics, influence = activations.collect(model, blocks[:9])
+    statistics, influence = activations.collect(model, drawn(blocks, 9))
     expected = {(n, first + n - 1): value for (first, n), value in influence.items()}
     assert len(expected) == 4 + 3 + 2 + 1
     for name in ("importance", "block_influence"):
@@ -240,9 +240,10 @@ def test_perplexity_importance_is_the_rise_of_the_loss(
 ) -> None:
     context = make_context(config_of(perplexity(5)), model=artifact)
     result = importance.run(context)
-    intact = lm_loss(model, blocks[:5])
+    read = drawn(blocks, 5)
+    intact = lm_loss(model, read)
     naive = {
-        (length, first + length - 1): lm_loss(without_layers(model, first, length), blocks[:5])
+        (length, first + length - 1): lm_loss(without_layers(model, first, length), read)
         for length in (1, 2)
         for first in range(4 - length + 1)
     }
@@ -252,6 +253,24 @@ def test_perplexity_importance_is_the_rise_of_the_loss(
     assert result.tokens == 5 * 16
     whole = shape_of(model.config.to_dict()).forward_flops(5 * 16, 16)
     assert whole < result.flops < (1 + 7) * whole
+
+
+def drawn(blocks: Tensor, samples: int, seed: int = 0) -> Tensor:
+    return blocks[corpus.drawn_blocks(len(blocks), 1, samples, seed)]
+
+
+@pytest.mark.parametrize(("samples", "differ"), [(5, True), (11, False)])
+def test_seeds_measure_on_other_calibration_blocks_unless_all_are_read(
+    artifact: Path, make_context: MakeContext, samples: int, differ: bool
+) -> None:
+    found = []
+    for seed in (0, 1):
+        context = make_context(
+            config_of(perplexity(samples)), model=artifact, seed=seed, out=f"seed{seed}"
+        )
+        importance.run(context)
+        found.append(scores(context.out))
+    assert (found[0] != found[1]) is differ
 
 
 def test_scoring_leaves_the_checkpoint_as_it_was(artifact: Path, make_context: MakeContext) -> None:

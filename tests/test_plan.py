@@ -104,6 +104,18 @@ def test_a_random_choice_of_layers_takes_its_identity_from_the_seed(tmp_path: Pa
     assert single(tmp_path, random)["prune"] != single(tmp_path, random, "seeds=[1]")["prune"]
 
 
+@pytest.mark.parametrize(("samples", "same"), [(4, False), (8, True)])
+@pytest.mark.parametrize("criterion", ["perplexity", "block_influence", "task"])
+def test_importance_takes_the_seed_into_its_identity_where_it_draws_calibration_blocks(
+    tmp_path: Path, criterion: str, samples: int, same: bool
+) -> None:
+    one_teacher = ("source.seed=0", f"importance.samples={samples}")
+    settings = (*one_teacher, f"prune.depth.criterion={criterion}")
+    one, other = (single(tmp_path, *settings, f"seeds=[{seed}]") for seed in (0, 1))
+    assert (one["importance"] == other["importance"]) is (same or criterion == "task")
+    assert one["source"] == other["source"]
+
+
 def test_trials_that_differ_downstream_share_all_upstream_stages(tmp_path: Path) -> None:
     sweep = {**small_sweep.SWEEP, "axes": {"distill.loss.temperature": [1.0, 2.0]}, "baselines": {}}
     planned = plan(tmp_path, sweep)

@@ -64,7 +64,7 @@ def run(context: StageContext[ImportanceConfig]) -> StageResult:
 def _by_activations(
     context: StageContext[ImportanceConfig], samples: int
 ) -> tuple[Rows, StageResult]:
-    model, blocks_NL = _model(context), _calibration(context)[:samples]
+    model, blocks_NL = _model(context), _calibration(context, samples)
     tick = Ticker(context.reporter, len(blocks_NL))
     statistics, influence = activations.collect(model, blocks_NL, tick)
     if workers.is_first():
@@ -85,7 +85,7 @@ def _by_activations(
 def _by_perplexity(
     context: StageContext[ImportanceConfig], criterion: Perplexity
 ) -> tuple[Rows, StageResult]:
-    model, blocks_NL = _model(context), _calibration(context)[: criterion.samples]
+    model, blocks_NL = _model(context), _calibration(context, criterion.samples)
     places = _places(model, criterion.block_lengths)
     tick = Ticker(context.reporter, len(blocks_NL))
     intact, *others = losses_without(model, blocks_NL, places, tick)
@@ -229,8 +229,10 @@ def _model(context: StageContext[ImportanceConfig]) -> PreTrainedModel:
     return model.to(workers.device())
 
 
-def _calibration(context: StageContext[ImportanceConfig]) -> Tensor:
-    return corpus.blocks(context.config.corpus, context.model("model"), "calibration")
+def _calibration(context: StageContext[ImportanceConfig], samples: int) -> Tensor:
+    """`samples` of the calibration blocks, drawn with the seed, in the order of the text."""
+    blocks_NL = corpus.blocks(context.config.corpus, context.model("model"), "calibration")
+    return blocks_NL[corpus.drawn_blocks(len(blocks_NL), 1, samples, context.seed)]
 
 
 def _shape(context: StageContext[ImportanceConfig]) -> Shape:
