@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -501,6 +502,21 @@ def test_compiled_layers_train_the_same(tmp_path: Path, tiny_config: dict[str, A
         assert bool(torch._dynamo.utils.counters["stats"]["calls_captured"]) == chosen
     # Fused kernels round otherwise, and a dozen steps at a high rate carry that on.
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=2e-4)
+
+
+def test_a_process_keeps_compiling_however_many_shapes_it_meets(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    ids_BL = torch.arange(6)[None]
+    for width in (sizes := range(8, 48, 4)):
+        model = checkpoints.new_model(tiny_config | {"intermediate_size": width}, seed=0)
+        engine._compile_layers(model)
+        model(ids_BL, use_cache=False)
+    found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert found == len(sizes) > 8, "eight is what PyTorch keeps by itself"
 
 
 # --- numbers gone wrong, and few bits --------------------------------------------------------

@@ -59,6 +59,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 deepspeed_logger.setLevel(logging.ERROR)
 
 CURVE = "curve.jsonl"
+COMPILED_SHAPES = 64
+"""Of layers, with or without gradients, that a process keeps compiled."""
 CURVE_POINTS = 100
 BUCKET = 50_000_000
 """Gradients that are reduced at once: DeepSpeed's default of 5e8 holds 2 GB of fp32 for them."""
@@ -551,6 +553,9 @@ def _compile_layers(model: PreTrainedModel) -> None:
     a layer (hidden-state losses) is called outside of it."""
     # Listeners inside a layer come and go; code compiled with one must not be run without it.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
+    # A worker meets a shape a trial, and what one trial compiled serves all of its shape. PyTorch
+    # keeps eight, and whatever comes after them would run uncompiled.
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     layers = model.get_submodule(family_of({"model_type": model.config.model_type}).layers)
     for layer in layers.children():
         layer.forward = torch.compile(layer.forward)
