@@ -28,7 +28,7 @@ publish: $(STAMP)  ## copy the small files of every finished sweep to results/pu
 
 test: $(STAMP)  ## all tests, slow ones included, but for those that break things
 	$(BIN)/python -m pytest -m "not faults and not slow" -n 2
-	$(BIN)/python -m pytest -m "slow and not faults" --durations=15
+	$(BIN)/python -m pytest -m "slow and not faults" -n 2 --dist loadfile --durations=15
 
 test-faults: $(STAMP)  ## real sweeps whose processes, disks and files are broken: minutes
 	$(BIN)/python -m pytest -m faults --durations=0

@@ -156,6 +156,46 @@ def test_bf16_measures_nearly_the_same(artifact: Path, make_context: MakeContext
     assert half["lm_loss"] == pytest.approx(full["lm_loss"], abs=0.05)
 
 
+@pytest.mark.parametrize(("room", "runs"), [(10**9, 3), (0, 6)])
+def test_a_teacher_that_fits_is_run_once_for_all_students_and_says_the_same(
+    artifact: Path,
+    teacher: Path,
+    make_context: MakeContext,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    runs: int,
+) -> None:
+    ran: list[int] = []
+    alone = evaluate.LiveTeacher.targets
+
+    def counted(self: LiveTeacher, ids_BL: Tensor, *given: Any) -> Any:
+        ran.append(len(ids_BL))
+        return alone(self, ids_BL, *given)
+
+    evaluate._remembered.cache_clear()
+    monkeypatch.setattr(evaluate, "REMEMBERED_BYTES", room)
+    monkeypatch.setattr(evaluate.LiveTeacher, "targets", counted)
+    config = EvaluateConfig(corpus=CORPUS)
+    found = [
+        evaluate.run(make_context(config, model=student, teacher=teacher, out=f"{student.name}{i}"))
+        for i, student in enumerate((artifact, artifact))
+    ]
+    assert found[0].metrics == found[1].metrics
+    assert len(ran) == runs
+
+
+def test_another_text_is_asked_of_the_teacher_anew(
+    artifact: Path, teacher: Path, make_context: MakeContext
+) -> None:
+    def kd_loss(seed: int, out: str) -> float:
+        config = EvaluateConfig(corpus=CORPUS.model_copy(update={"language_seed": seed}))
+        context = make_context(config, model=artifact, teacher=teacher, out=out)
+        return evaluate.run(context).metrics["kd_loss"]
+
+    first, other, again = kd_loss(0, "a"), kd_loss(1, "b"), kd_loss(0, "c")
+    assert first == again != other
+
+
 def test_progress_is_told_to_the_end(artifact: Path, make_context: MakeContext) -> None:
     heard: list[tuple[int, int]] = []
 

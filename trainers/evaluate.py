@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +26,21 @@ from trainers.checkpoints import (
     read_config,
     softcapped,
 )
-from trainers.config import EvaluateConfig
+from trainers.config import Corpus, EvaluateConfig
 from trainers.contract import StageContext, StageError, StageResult, Ticker, write_rows
 from trainers.losses import cross_entropy, forward_kl
 from trainers.shapes import shape_of
-from trainers.teacher import LiveTeacher
+from trainers.teacher import DenseTargets, LiveTeacher, RememberedTeacher
 
 BLOCKS_A_BATCH = 8
 TOKENS_A_CHUNK = 1024
 CALIBRATION_BINS = 15
+REMEMBERED_BYTES = 512 * 2**20
+"""A teacher that takes no more, with its hidden states of the held-out text, stays in memory for
+the next student that the process measures."""
+
+Teacher = LiveTeacher | RememberedTeacher
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def lm_loss(
 def held_out(
     model: PreTrainedModel,
     blocks_NL: Tensor,
-    teacher: LiveTeacher | None,
+    teacher: Teacher | None,
     tick: Callable[[int], None] = lambda blocks: None,
     share: tuple[int, int] = (0, 1),
 ) -> HeldOut:
@@ -73,11 +81,14 @@ def held_out(
     rank, processes = share
     sums_2 = torch.zeros(2, dtype=torch.float64)
     calibration = _Calibration()
-    batches = torch.split(blocks_NL, BLOCKS_A_BATCH)
+    batches = torch.split(torch.arange(len(blocks_NL)), BLOCKS_A_BATCH)
     for first in range(0, len(batches), processes):
         together = batches[first : first + processes]
         if rank < len(together):
-            sums_2 += _summed(model, together[rank].to(model.device), teacher, calibration)
+            numbers_B = together[rank]
+            batch_BL = blocks_NL[numbers_B].to(model.device)
+            taught = teacher.targets(batch_BL, numbers_B) if teacher else None
+            sums_2 += _summed(model, batch_BL, taught, calibration)
         tick(sum(map(len, together)))
     cross, divergence = _over(processes, sums_2, model.device).tolist()
     calibration.sums_3B = _over(processes, calibration.sums_3B, model.device)
@@ -87,13 +98,15 @@ def held_out(
 
 
 def _summed(
-    model: PreTrainedModel, batch_BL: Tensor, teacher: LiveTeacher | None, calibration: _Calibration
+    model: PreTrainedModel,
+    batch_BL: Tensor,
+    taught: DenseTargets | None,
+    calibration: _Calibration,
 ) -> Tensor:
     """Cross-entropy and divergence in nats, added up over all predicted tokens of a batch."""
     cross, divergence = 0.0, 0.0
     labels_N = batch_BL[:, 1:].flatten()
     hidden_ND = final_hidden(model, batch_BL)[:, :-1].flatten(0, 1)
-    taught = teacher.targets(batch_BL) if teacher else None
     for start in range(0, len(hidden_ND), TOKENS_A_CHUNK):
         place = slice(start, start + TOKENS_A_CHUNK)
         logits_NV = softcapped(F.linear(hidden_ND[place], output_head(model)), model)
@@ -159,11 +172,25 @@ def run(context: StageContext[EvaluateConfig]) -> StageResult:
     return StageResult(metrics, tokens, shape.forward_flops(tokens, blocks.shape[1]))
 
 
-def _teacher(context: StageContext[EvaluateConfig]) -> LiveTeacher | None:
+def _teacher(context: StageContext[EvaluateConfig]) -> Teacher | None:
     if "teacher" not in context.inputs:
         return None
-    model = load_model(context.model("teacher"), context.config.precision)
-    return LiveTeacher(model.to(workers.device()))
+    config, folder = context.config, context.model("teacher")
+    shape, text = shape_of(read_config(folder)), config.corpus
+    numbers = shape.parameters + text.heldout_blocks * text.block_length * shape.sizes.hidden_size
+    if numbers * (2 if config.precision == "bf16" else 4) > REMEMBERED_BYTES:
+        return _live(folder, config.precision)
+    return _remembered(folder, config.precision, text)
+
+
+def _live(folder: Path, precision: Precision) -> LiveTeacher:
+    return LiveTeacher(load_model(folder, precision).to(workers.device()))
+
+
+@lru_cache(maxsize=1)
+def _remembered(folder: Path, precision: Precision, text: Corpus) -> RememberedTeacher:
+    """A folder of the store never changes what it holds."""
+    return RememberedTeacher(_live(folder, precision))
 
 
 def _accuracies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -145,6 +145,23 @@ class LiveTeacher:
         with captured(self._model, self._states) as states:
             hidden_BLD = final_hidden(self._model, input_ids_BL)
         return DenseTargets(hidden_BLD[:, :-1].flatten(0, 1), states, head)
+
+
+class RememberedTeacher:
+    """A live teacher that is asked about the same text for one student after the other: it is run
+    once on each batch, told by the number of its first block, and its final hidden states stay."""
+
+    def __init__(self, live: LiveTeacher) -> None:
+        self._live = live
+        self._said: dict[int, DenseTargets] = {}
+
+    def targets(self, input_ids_BL: Tensor, blocks_B: Tensor) -> DenseTargets:
+        """See `TeacherSignal`."""
+        first = int(blocks_B[0])
+        if first not in self._said:
+            self._said[first] = self._live.targets(input_ids_BL, blocks_B)
+        # A copy, as its window of logits is not to stay.
+        return replace(self._said[first])
 
 
 def check_same_words(student_folder: Path, teacher_folder: Path) -> None:
