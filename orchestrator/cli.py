@@ -356,7 +356,7 @@ def verify(trial_id: str, results: Path, keep: Path | None, tolerance: float) ->
     """Run one recorded trial again from nothing; say whether it comes out within its interval.
 
     \b
-    orchestrate verify 52a453929cd3                  a row of results/published, or of your own
+    orchestrate verify 6a73daded564                  a row of results/published, or of your own
     orchestrate verify 52a4 --keep /tmp/again        the beginning of an id does; keep what ran
     orchestrate verify 52a4 --tolerance 0.05         other machines may come out so far off
 

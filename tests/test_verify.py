@@ -357,7 +357,7 @@ def verify(*arguments: str | Path) -> Result:
 
 def test_help_shows_examples_and_says_what_the_exit_status_means() -> None:
     result = verify("--help")
-    assert "orchestrate verify 52a453929cd3" in result.output
+    assert "orchestrate verify 6a73daded564" in result.output
     assert "Exit status" in result.output
 
 
