@@ -30,13 +30,14 @@ export RAY_AUTH_TOKEN
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 ip=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{print $1}')
 address=$ip:$((20000 + SLURM_JOB_ID % 10000))
+dashboard=$((30000 + SLURM_JOB_ID % 2500)) # `ray start` gives up where the usual 8265 is taken
 common="--num-cpus=$SLURM_CPUS_PER_TASK --num-gpus=${SLURM_GPUS_ON_NODE:-0} --disable-usage-stats
   --temp-dir=/tmp/ray-$SLURM_JOB_ID --block"
 
 # shellcheck disable=SC2086  # `common` is several options
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
   ray start --head --node-ip-address="$ip" --port="${address##*:}" \
-  --include-dashboard=true --dashboard-host=127.0.0.1 $common &
+  --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" $common &
 if ((SLURM_NNODES > 1)); then
   sleep 20 # the others give up on a head that is not there yet
   # shellcheck disable=SC2086

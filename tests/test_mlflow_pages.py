@@ -140,11 +140,12 @@ def choose(browser: Browser, list_: str, wanted: str) -> None:
 def test_the_compare_page_draws_axes_and_metrics_of_all_trials(
     browser: Browser, shown: Shown
 ) -> None:
-    assert len(shown.runs) == len(shown.records.trials) == 27
+    trials = len(shown.records.trials)
+    assert len(shown.runs) == trials > 20
     browser.open(shown.compare(), width=1400, height=1000)
     # At first: what differs, and the metric that the sweep chooses by.
     until(lambda: titles(browser) == ["contiguous", "criterion", "group", "accuracy.mean"])
-    assert "Comparing 27 Runs" in browser.run("return document.body.innerText")
+    assert f"Comparing {trials} Runs" in browser.run("return document.body.innerText")
     assert {"perplexity", "task", "true", "false"} < ticks(browser, "criterion") | ticks(
         browser, "contiguous"
     )
