@@ -75,7 +75,7 @@ def stopped_early(curves: Mapping[str, Curve], scheduler: Scheduler, workers: in
         for trial, place in list(running.items()):
             tokens, loss = curves[trial][place]
             spent[trial] = tokens
-            stop = judge.stops(trial, tokens, loss)
+            stop = judge.stops(trial, 0, tokens, loss)
             if place + 1 == len(curves[trial]):
                 final[trial] = loss
             if stop or trial in final:

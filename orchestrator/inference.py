@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -36,6 +36,8 @@ _GRAIN = 2.0**-30
 """Answers are rounded to multiples of this, so that their sums are exact: the last bit of a sum
 would else depend on the order in which a machine adds."""
 _SMALLEST_P = 1e-9
+_SLIGHT = 1e-9
+"""How much an effect of a seed counts against one that data speak for."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,28 @@ def pooled_noise(values_CS: Sequence[Sequence[float]]) -> SeedNoise | None:
     )
     freedom = (configurations - 1) * (seeds - 1)
     return SeedNoise(2 * squares / freedom, freedom)
+
+
+def adjusted_means(by_seed: Sequence[Mapping[int, float]]) -> list[float]:
+    """Of every configuration, the mean over seeds that it would have, had all been measured with
+    all seeds.
+
+    Least squares in an effect of the configuration and one of the seed, so that nobody is ahead for
+    having had the easy seeds. Where all have the same seeds these are the plain means; where no
+    chain of shared seeds joins two configurations, their seeds count as equally hard.
+    """
+    seeds = sorted(set().union(*by_seed))
+    if all(row.keys() == set(seeds) for row in by_seed):
+        return [statistics.fmean(row.values()) for row in by_seed]
+    cells = [(c, seeds.index(seed)) for c, row in enumerate(by_seed) for seed in sorted(row)]
+    design = np.zeros((len(cells) + len(seeds), len(by_seed) + len(seeds)))
+    for row, (configuration, seed) in enumerate(cells):
+        design[row, [configuration, len(by_seed) + seed]] = 1.0
+    # Effects of seeds that nothing else settles are 0, and so is their mean.
+    design[len(cells) :, len(by_seed) :] = math.sqrt(_SLIGHT) * np.eye(len(seeds))
+    wanted = [by_seed[c][seeds[s]] for c, s in cells] + [0.0] * len(seeds)
+    effects = np.linalg.lstsq(design, np.array(wanted), rcond=None)[0][: len(by_seed)]
+    return [round(float(effect), 9) for effect in effects]
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

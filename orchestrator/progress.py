@@ -16,7 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # statistics take a second to import, and a plan has none
     from orchestrator.claims import Verdict
-    from orchestrator.selection import Estimate, Ranking, Winner
+    from orchestrator.selection import Configuration, Estimate, Ranking, Winner
 
 MARKS = {
     "waiting": "[dim]waiting[/]",
@@ -295,11 +295,17 @@ def outcome_table(ranking: Ranking | None, chosen: Winner | None) -> Table:
         table.add_row(
             escape(each.label),
             escape(_interval(each.estimate)),
-            f"{len(each.trials)}" + (f" (sd {each.spread:.3f})" if each.spread is not None else ""),
+            _seeds(each),
             _mean([trial.metrics.get("lm_loss.after") for trial in each.trials]),
-            "winner" if won else "tied" if each.tied else "",
+            "winner" if won else "tied" if each.tied else "untested" if each.untested else "",
         )
     return table
+
+
+def _seeds(each: Configuration) -> str:
+    count = len(each.trials)
+    of = f" of {count + each.unfinished}" if each.unfinished else ""
+    return f"{count}{of}" + (f" (sd {each.spread:.3f})" if each.spread is not None else "")
 
 
 def claims_table(verdicts: Sequence[Verdict]) -> Table:

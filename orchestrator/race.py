@@ -2,13 +2,12 @@
 
 A rung is a set of settings laid over the trial's, such as the length of its distillation. Which
 trials there are depends on what the earlier ones measured, so `settled` is asked again and again.
-Imports no torch.
+Imports neither torch nor, before a rung is decided, scipy.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,17 +39,24 @@ def settled(sweep: Sweep, space: Space, ended: Mapping[str, TrialRecord]) -> Spa
 def survivors(
     trials: Sequence[Trial], ended: Mapping[str, TrialRecord], metric: str, keep: int
 ) -> list[Trial]:
-    """All seeds of the `keep` configurations with the best mean of the metric; a configuration
-    without a single measurement never survives, and the earlier of equals does."""
+    """All seeds of the `keep` configurations with the best mean of the metric, as if all had been
+    measured with all seeds; a configuration without a single measurement never survives, and the
+    earlier of equals does."""
+    from orchestrator.inference import adjusted_means  # scipy, which a plan seldom needs
+
     sign = 1.0 if lower_is_better(metric) else -1.0
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(key_of(trial.axes), []).append(trial)
-    scored: list[tuple[float, list[Trial]]] = []
-    for group in groups.values():
-        values = [ended[trial.trial_id].metrics.get(metric) for trial in group]
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        if known:
-            scored.append((sign * statistics.fmean(known), group))
-    scored.sort(key=lambda pair: pair[0])
-    return [trial for _, group in scored[:keep] for trial in group]
+    measured = [(_by_seed(group, ended, metric), group) for group in groups.values()]
+    measured = [(values, group) for values, group in measured if values]
+    means = adjusted_means([values for values, _ in measured]) if measured else []
+    order = sorted(range(len(means)), key=lambda place: sign * means[place])
+    return [trial for place in order[:keep] for trial in measured[place][1]]
+
+
+def _by_seed(
+    group: Sequence[Trial], ended: Mapping[str, TrialRecord], metric: str
+) -> dict[int, float]:
+    values = {trial.seed: ended[trial.trial_id].metrics.get(metric) for trial in group}
+    return {s: value for s, value in values.items() if value is not None and math.isfinite(value)}

@@ -12,7 +12,16 @@ from orchestrator import figures, page, tables, throughput
 from orchestrator.asked import Claim
 from orchestrator.page import shown
 from orchestrator.records import Records
-from orchestrator.selection import Estimate, Mode, Ranking, Winner, rank, report_metric, winner
+from orchestrator.selection import (
+    Configuration,
+    Estimate,
+    Mode,
+    Ranking,
+    Winner,
+    rank,
+    report_metric,
+    winner,
+)
 
 NAMED = 3
 """Tied configurations that the summary names; the page lists all of them."""
@@ -66,24 +75,43 @@ def summary(chosen: Winner | None, metric: str) -> str:
     if chosen is None:
         return f"No trial completed with a value of {metric}, so there is no winner."
     configuration = chosen.configuration
-    seeds = len(configuration.trials)
-    over = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"{configuration.label} wins: {metric} {shown(configuration.estimate)} ({over})."
-    if chosen.reported is not None:
-        text += (
-            f" Its trial {chosen.trial.trial_id} (seed {chosen.trial.seed}) scores "
-            f"{report_metric(metric)} {shown(chosen.reported)} on the questions that took no part "
-            "in choosing it"
-        )
-        teacher = chosen.teacher_reported
-        text += f"; the teacher {shown(teacher)}." if teacher else "."
+    text = (
+        f"{configuration.label} wins: {metric} {shown(configuration.estimate)} ({_over(chosen)})."
+    )
+    seeds, trial = len(configuration.trials), f"{chosen.trial.trial_id} (seed {chosen.trial.seed})"
+    if seeds > 1 and chosen.over_seeds is not None:
+        text += f" On the questions that took no part in choosing: {report_metric(metric)} "
+        text += _beside(chosen.over_seeds, chosen.teacher_over_seeds, "the teacher")
+        text += f" Its best seed is the trial {trial}: "
+        text += _beside(chosen.reported, chosen.teacher_reported, "its own teacher")
+    elif chosen.reported is not None:
+        text += f" Its trial {trial} scores {report_metric(metric)} on the questions that took no "
+        text += "part in choosing it: "
+        text += _beside(chosen.reported, chosen.teacher_reported, "the teacher")
     if chosen.tied:
-        # Labels have commas of their own.
-        names = [each.label for each in chosen.tied[:NAMED]]
-        more = len(chosen.tied) - len(names)
-        others = "; ".join(names) + (f"; and {more} more" if more else "")
-        text += f" Tied with it, and not cheaper: {others}."
+        text += f" Tied with it, and not cheaper: {_names(chosen.tied)}."
+    if chosen.untested:
+        text += f" Not tested against it, as nothing was repeated: {_names(chosen.untested)}."
     return text
+
+
+def _over(chosen: Winner) -> str:
+    seeds, left = len(chosen.configuration.trials), chosen.configuration.unfinished
+    if left:
+        return f"{seeds} of {seeds + left} seeds"
+    return f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+
+
+def _beside(student: Estimate | None, teacher: Estimate | None, whose: str) -> str:
+    text = shown(student) if student else "not measured"
+    return f"{text}; {whose} {shown(teacher)}." if teacher else f"{text}."
+
+
+def _names(configurations: Sequence[Configuration]) -> str:
+    """The first few; labels have commas of their own."""
+    names = [each.label for each in configurations[:NAMED]]
+    more = len(configurations) - len(names)
+    return "; ".join(names) + (f"; and {more} more" if more else "")
 
 
 # --- best.json -------------------------------------------------------------------------------
@@ -123,10 +151,15 @@ def best_of(records: Records, ranking: Ranking, chosen: Winner) -> dict[str, Any
             "over_seeds": _estimate(chosen.configuration.estimate)
             | {"spread": chosen.configuration.spread, "seeds": len(chosen.configuration.trials)},
         },
-        "report": {"metric": report, **_estimate(chosen.reported)},
+        "report": {
+            "metric": report,
+            **_estimate(chosen.reported),
+            "over_seeds": _estimate(chosen.over_seeds),
+        },
         "teacher": {
             "select": _estimate(chosen.teacher_selected),
             "report": _estimate(chosen.teacher_reported),
+            "report_over_seeds": _estimate(chosen.teacher_over_seeds),
         },
         "tied": [
             {"label": each.label, "trial_ids": [tied.trial_id for tied in each.trials]}

@@ -151,10 +151,10 @@ class _Run:
         """Who stops trials early; what earlier runs of the sweep measured is told again."""
         sweep, ledger = self.sweep, self.ledger
         lengths = [trial.tokens_trained for trial in planned.trials]
-        baselines = {t.trial_id for t in ledger.trials().values() if t.baseline is not None}
+        seeds = {t.trial_id: t.seed for t in ledger.trials().values() if t.baseline is None}
         curves = ledger.records(sweep.name, sweep.profile).curves if sweep.scheduler.stops else ()
-        measured = [point for point in curves if point.trial_id not in baselines]
-        return judge_of(sweep.scheduler, max(lengths, default=0), measured)
+        measured = [point for point in curves if point.trial_id in seeds]
+        return judge_of(sweep.scheduler, max(lengths, default=0), measured, seeds)
 
     def winner_to_rebuild(self, planned: SweepPlan) -> Sequence[Job]:
         """The jobs that make the winner's checkpoint again where it was lost or damaged: its trial

@@ -9,6 +9,11 @@ Every configuration is tested against the best. With one seed that is McNemar's 
 several, what noise the seeds make is estimated from all configurations together. Those that the
 tests, corrected after Holm for their number, do not tell from the best are tied with it: the truly
 best one is then among the tied with 95% confidence (Hsu, 1984, Annals of Statistics 12).
+
+Where configurations have different seeds, as trials failed or were stopped, they are ranked by the
+means that they would have with all of them, and who is no worse than the best on the seeds that
+both have is tied with it. Where nothing was repeated, there is no test: the best is the best of one
+draw, and nobody was found to be worse.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -33,6 +38,7 @@ from orchestrator.inference import (
     QuestionNoise,
     Resamples,
     SeedNoise,
+    adjusted_means,
     holm,
     interval,
     over_seeds,
@@ -73,11 +79,13 @@ Mode = Literal["max", "min"]
 class Configuration:
     """Trials that differ in nothing but the seed, with what the metric is over those seeds.
 
-    `trials` are those that completed with a value; `unfinished` counts the others.
+    `trials` are those that completed with a value; `unfinished` counts the others, which failed or
+    were stopped.
     `spread` is the standard deviation over seeds (n - 1), None for a single seed. `behind` is how
     much worse than the best this one is, with the seeds that both have, and its interval.
     `p_value` is that of the test that it is no worse, after Holm's correction; None where nothing
-    was repeated, and of the best itself. `tied`: the test does not tell it from the best.
+    was repeated, and of the best itself. `tied`: it is no worse, or the test does not tell it from
+    the best.
     """
 
     label: str
@@ -90,6 +98,11 @@ class Configuration:
     behind: Estimate
     tied: bool
     p_value: float | None = None
+
+    @property
+    def untested(self) -> bool:
+        """Whether it only came out worse: nothing was repeated that would tell luck from merit."""
+        return not self.tied and self.p_value is None
 
     @property
     def parameters(self) -> int | None:
@@ -123,17 +136,23 @@ class Winner:
     """The chosen configuration and, within it, the trial (seed) with the best selected value.
 
     `selected` is what it was chosen by, `reported` the accuracy of the chosen trial on the other
-    half of the questions. The teacher's values stand beside them, None where it was not measured.
+    half of the questions, and `over_seeds` that of the configuration: a trial that was chosen as
+    the best of several seeds is better than its configuration mostly is. Beside them stand the
+    values of the trial's own teacher and of the teachers of all seeds, None where not measured.
     """
 
     configuration: Configuration
     trial: TrialRecord
     selected: Estimate
     reported: Estimate | None
+    over_seeds: Estimate | None
     teacher_selected: Estimate | None
     teacher_reported: Estimate | None
+    teacher_over_seeds: Estimate | None
     tied: tuple[Configuration, ...]
     """Other configurations that cannot be told from the best."""
+    untested: tuple[Configuration, ...]
+    """Those that came out worse, and were not tested."""
 
 
 # --- groups and names ------------------------------------------------------------------------
@@ -269,8 +288,10 @@ def rank(
     if not candidates:
         return None
     measure = Measure(records, metric)
+    means = adjusted_means([measure.by_seed(trials) for trials, _ in candidates])
     # Sorting is stable: equal means stay in the order of the sweep file.
-    candidates.sort(key=lambda pair: -sign * measure.mean(pair[0]))
+    order = sorted(range(len(means)), key=lambda place: -sign * means[place])
+    candidates = [candidates[place] for place in order]
     measured_all = [trials for trials, _ in candidates]
     comparisons = measure.against_best(measured_all, sign)
     return Ranking(
@@ -324,10 +345,10 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the two cannot be told apart; without a test, whether they are the same."""
-        if self.p_value is None:
-            return abs(self.difference.value) <= ROUNDING
-        return self.p_value >= 1 - CONFIDENCE
+        """Whether the other is no worse, or the two cannot be told apart."""
+        if self.difference.value <= ROUNDING:
+            return True
+        return self.p_value is not None and self.p_value >= 1 - CONFIDENCE
 
 
 class Measure:
@@ -347,6 +368,11 @@ class Measure:
         """The values of the trials that have one."""
         values = (value_of(trial, self._metric) for trial in trials)
         return [value for value in values if value is not None]
+
+    def by_seed(self, trials: Sequence[TrialRecord]) -> dict[int, float]:
+        """The values of the trials that have one, by seed."""
+        values = {trial.seed: value_of(trial, self._metric) for trial in trials}
+        return {seed: value for seed, value in values.items() if value is not None}
 
     def mean(self, trials: Sequence[TrialRecord]) -> float:
         """Mean over the trials, at least one of which has a value."""
@@ -417,7 +443,7 @@ class Measure:
 
     def _pooled(self, found: Sequence[Sequence[TrialRecord]]) -> SeedNoise | None:
         """From the groups that have all of the seeds that the largest has."""
-        by_seed = [{trial.seed: self.mean([trial]) for trial in trials} for trials in found]
+        by_seed = [self.by_seed(trials) for trials in found]
         most = max(len(values) for values in by_seed)
         seeds = next(sorted(values) for values in by_seed if len(values) == most)
         whole = [each for each in by_seed if each.keys() >= set(seeds)]
@@ -461,16 +487,24 @@ def winner(ranking: Ranking | None) -> Winner | None:
     chosen = min(ranking.tied, key=_cost)
     # Seeds with equal values: the lowest seed, so that the choice does not hang on row order.
     trial = max(chosen.trials, key=lambda t: (sign * (value_of(t, ranking.metric) or 0.0), -t.seed))
-    teacher = [t for t in ranking.records.trials if t.baseline == TEACHER]
-    report = report_metric(ranking.metric)
+    teachers = [t for t in ranking.records.trials if t.baseline == TEACHER]
+    # A model that no seed made is every seed's teacher.
+    its_own = [t for t in teachers if t.seed == trial.seed] or teachers
+    selected, reported = (
+        partial(_estimate, Measure(ranking.records, metric))
+        for metric in (ranking.metric, report_metric(ranking.metric))
+    )
     return Winner(
         configuration=chosen,
         trial=trial,
-        selected=_required(estimate(ranking.records, [trial], ranking.metric)),
-        reported=estimate(ranking.records, [trial], report),
-        teacher_selected=estimate(ranking.records, teacher, ranking.metric),
-        teacher_reported=estimate(ranking.records, teacher, report),
+        selected=_required(selected([trial])),
+        reported=reported([trial]),
+        over_seeds=reported(chosen.trials),
+        teacher_selected=selected(its_own),
+        teacher_reported=reported(its_own),
+        teacher_over_seeds=reported(teachers),
         tied=tuple(each for each in ranking.tied if each is not chosen),
+        untested=tuple(each for each in ranking.configurations if each.untested),
     )
 
 
@@ -497,5 +531,9 @@ def report_metric(metric: str) -> str:
 
 def estimate(records: Records, trials: Sequence[TrialRecord], metric: str) -> Estimate | None:
     """A metric's mean over the trials that have it, with its interval; None where none has."""
-    measured = [trial for trial in trials if value_of(trial, metric) is not None]
-    return Measure(records, metric).estimate(measured) if measured else None
+    return _estimate(Measure(records, metric), trials)
+
+
+def _estimate(measure: Measure, trials: Sequence[TrialRecord]) -> Estimate | None:
+    measured = [trial for trial in trials if measure.values([trial])]
+    return measure.estimate(measured) if measured else None

@@ -2,12 +2,14 @@
 
 Ray's schedulers decide; what they decide on is told from here. That way a trial is asked to save
 and leave, where Tune itself would cut it off, and what earlier runs of the sweep measured counts.
+Trials are held against those of their own seed: a seed with a better teacher or an easier draw
+would else be all that is left, and configurations would be compared over different seeds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,14 +26,14 @@ TOKENS = "tokens"
 class Judge(Protocol):
     """Says of each measurement whether its trial is to stop."""
 
-    def stops(self, trial_id: str, tokens: int, loss: float) -> bool:
+    def stops(self, trial_id: str, seed: int, tokens: int, loss: float) -> bool:
         """Whether a trial with this held-out loss (nats) after so many tokens is to stop."""
 
 
 class NoJudge:
     """Every trial runs to its end."""
 
-    def stops(self, trial_id: str, tokens: int, loss: float) -> bool:
+    def stops(self, trial_id: str, seed: int, tokens: int, loss: float) -> bool:
         """Never."""
         return False
 
@@ -44,35 +46,44 @@ class _Trial:
 
 
 class RayJudge:
-    """Decides by a scheduler of Ray Tune."""
+    """Decides by a scheduler of Ray Tune for every seed, each made by `rule`."""
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, rule: Callable[[], Any]) -> None:
         self._rule = rule
+        self._rules: dict[int, Any] = {}
         self._trials: dict[str, _Trial] = {}
 
-    def stops(self, trial_id: str, tokens: int, loss: float) -> bool:
+    def stops(self, trial_id: str, seed: int, tokens: int, loss: float) -> bool:
         """See `Judge`. A loss that is no number is the stage's own failure and not judged."""
         from ray.tune.schedulers import TrialScheduler
 
         if not math.isfinite(loss):
             return False
+        if seed not in self._rules:
+            self._rules[seed] = self._rule()
+        rule = self._rules[seed]
         if trial_id not in self._trials:
             self._trials[trial_id] = _Trial(trial_id)
-            self._rule.on_trial_add(None, self._trials[trial_id])
+            rule.on_trial_add(None, self._trials[trial_id])
         result = {TOKENS: tokens, HELDOUT: loss}
-        decided = self._rule.on_trial_result(None, self._trials[trial_id], result)
+        decided = rule.on_trial_result(None, self._trials[trial_id], result)
         return bool(decided == TrialScheduler.STOP)
 
 
-def judge_of(scheduler: Scheduler, tokens: int, measured: Iterable[CurvePoint] = ()) -> Judge:
+def judge_of(
+    scheduler: Scheduler,
+    tokens: int,
+    measured: Iterable[CurvePoint] = (),
+    seeds: Mapping[str, int] | None = None,
+) -> Judge:
     """The judge of a sweep whose longest trial distils on so many tokens; it remembers what
-    earlier runs `measured`."""
+    earlier runs `measured`. `seeds`: by trial id, of the trials that they measured."""
     if not scheduler.stops:
         return NoJudge()
-    judge = RayJudge(_rule(scheduler, tokens))
+    judge, known = RayJudge(lambda: _rule(scheduler, tokens)), seeds or {}
     for point in sorted(measured, key=lambda point: (point.tokens, point.time_ms)):
         if point.name == HELDOUT:
-            judge.stops(point.trial_id, point.tokens, point.value)
+            judge.stops(point.trial_id, known[point.trial_id], point.tokens, point.value)
     return judge
 
 

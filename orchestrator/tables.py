@@ -20,6 +20,7 @@ from orchestrator.asked import Claim
 from orchestrator.claims import Verdict, judge
 from orchestrator.records import TEACHER, Records, StageRecord, TrialRecord
 from orchestrator.selection import (
+    Configuration,
     Estimate,
     Measure,
     Ranking,
@@ -333,6 +334,7 @@ def configurations(records: Records, ranking: Ranking | None) -> Table:
         Column("configuration"),
         Column("verdict"),
         Column("seeds", 0),
+        Column("unfinished", 0),
         Column(metric, 3),
         Column("low", 3),
         Column("high", 3),
@@ -347,8 +349,9 @@ def configurations(records: Records, ranking: Ranking | None) -> Table:
         (
             place,
             each.label,
-            _verdict(each.tied, chosen is not None and each is chosen.configuration),
+            _verdict(each, chosen is not None and each is chosen.configuration),
             len(each.trials),
+            each.unfinished,
             *_cells(each.estimate),
             each.spread,
             *(_cells(each.behind) if place > 1 else (None, None, None)),
@@ -367,6 +370,7 @@ def configurations(records: Records, ranking: Ranking | None) -> Table:
                 TEACHER,
                 "reference",
                 len(values),
+                len(teacher) - len(values),
                 *_cells(known),
                 spread(values),
                 *blank,
@@ -390,12 +394,14 @@ def _ranking_caption(records: Records, ranking: Ranking | None) -> str:
         f"Configurations by {ranking.metric}, {order} first. {scale(records)} Mean over seeds with "
         f"its {kind}; spread: standard deviation over seeds. Behind best: paired difference with "
         "its interval; tied: the test against the best, after Holm's correction, does not tell "
-        "them apart. Chosen: the cheapest of the tied."
+        "them apart; untested: nothing was repeated, so that this may be luck. Chosen: the "
+        "cheapest of the tied. Unfinished: seeds that failed or were stopped; the ranking is as if "
+        "none had been."
     )
 
 
-def _verdict(tied: bool, chosen: bool) -> str:
-    return "chosen" if chosen else "tied" if tied else ""
+def _verdict(each: Configuration, chosen: bool) -> str:
+    return "chosen" if chosen else "tied" if each.tied else "untested" if each.untested else ""
 
 
 def _cells(value: Estimate) -> tuple[Cell, Cell, Cell]:

@@ -274,7 +274,8 @@ class _Desk:
         if HELDOUT not in values or job.shared or job.trial.trial.baseline is not None:
             return
         self._judged.add(job.job_id)
-        if self._judge.stops(job.job_id, values[TOKENS], values[HELDOUT]):
+        seed = job.trial.trial.seed
+        if self._judge.stops(job.job_id, seed, values[TOKENS], values[HELDOUT]):
             file = self.place.early_stop_file(job.job_id)
             self.place.early_stops.mkdir(exist_ok=True)
             file.touch()
@@ -321,7 +322,7 @@ class _Desk:
         if job.job_id not in self._judged and job.trial.trial.baseline is None:
             for point in found.curves:  # its distillation was found in the store
                 if point.name == HELDOUT:
-                    self._judge.stops(job.job_id, point.tokens, point.value)
+                    self._judge.stops(job.job_id, found.trial.seed, point.tokens, point.value)
 
     def _stopped(self, job: Job, stages: Sequence[StageRecord]) -> None:
         self.place.early_stop_file(job.job_id).unlink(missing_ok=True)

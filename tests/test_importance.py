@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -344,7 +345,9 @@ def answer(correct: float, score: float | None) -> questions.Answer:
 
 
 def harm(intact: list[questions.Answer], found: list[questions.Answer]) -> float:
-    return importance._harm(importance._accuracy(intact), importance._accuracy(found))
+    return importance._harm(
+        importance._accuracy(intact, "select"), importance._accuracy(found, "select")
+    )
 
 
 def test_one_question_more_outvotes_any_margin() -> None:
@@ -368,6 +371,24 @@ def test_equal_accuracies_are_ranked_by_the_mean_margin() -> None:
 def test_answers_without_margins_are_ranked_by_accuracy_alone() -> None:
     intact, found = [answer(1, None), answer(1, None)], [answer(1, None), answer(0, None)]
     assert harm(intact, found) == 0.5
+
+
+def test_questions_that_report_the_winner_do_not_choose_its_layers(
+    with_idle_layer: Path, make_context: MakeContext
+) -> None:
+    task = GeneratedTask(name="agreement", limit=40)
+    config = config_of(TaskAccuracy(tasks=(task,), block_lengths=(1,)))
+    context = make_context(config, model=with_idle_layer)
+    importance.run(context)
+    model = checkpoints.load_model(context.model("model"))
+    answers = questions.ask(model, language.tokenizer(), [task])
+    halves = {
+        half: [each.correct for each in answers if each.split == half]
+        for half in ("select", "report")
+    }
+    found = scores(context.out, "accuracy")[0, -1]
+    assert found == pytest.approx(statistics.fmean(halves["select"]))
+    assert found != pytest.approx(statistics.fmean(halves["report"]))
 
 
 def test_task_importance_is_the_fall_of_accuracy(

@@ -38,7 +38,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "steps": {"stages", "space", *SPEC},
     "space": {"axes", *SPEC},
     "axes": {*SPEC},
-    "race": {"axes", "records", "space", *SPEC},
+    "race": {"axes", "inference", "records", "space", *SPEC},
     "growth": {"axes", "plan", "proposals", "race", "records", "space", *SPEC},
     "proposals": {"axes", "scheduling"},
     "stopping": {"records", "scheduling"},

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -14,6 +14,7 @@ from orchestrator.inference import (
     QuestionNoise,
     Resamples,
     SeedNoise,
+    adjusted_means,
     established,
     holm,
     interval,
@@ -205,3 +206,30 @@ def test_at_most_a_twentieth_of_all_equal_families_has_an_order_established(
     )
     # Below the binomial's 99th percentile 99 times of 100, if the chance is a twentieth.
     assert false <= stats.binom.ppf(0.99, families, 0.05)
+
+
+# --- unequal seeds ---------------------------------------------------------------------------
+
+
+def test_with_the_same_seeds_adjusted_means_are_the_means() -> None:
+    rows = [{0: 1.0, 1: 2.0}, {0: 5.0, 1: 3.0}]
+    assert adjusted_means(rows) == [1.5, 4.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_adjusted_means_tell_additive_effects_apart(data: st.DataObject) -> None:
+    effects = data.draw(st.lists(st.integers(-9, 9), min_size=2, max_size=4))
+    hard = data.draw(st.lists(st.integers(-9, 9), min_size=3, max_size=3))
+    # All have seed 0, which joins them; who has which of the others is left to chance.
+    rows = [
+        {s: float(effect + hard[s]) for s in {0, *data.draw(st.sets(st.integers(1, 2)))}}
+        for effect in effects
+    ]
+    found = adjusted_means(rows)
+    ahead = [value - found[0] for value in found]
+    assert ahead == pytest.approx([effect - effects[0] for effect in effects], abs=1e-6)
+
+
+def test_configurations_without_a_shared_seed_keep_their_means() -> None:
+    assert adjusted_means([{0: 1.0, 1: 3.0}, {2: 4.0}]) == pytest.approx([2.0, 4.0], abs=1e-6)

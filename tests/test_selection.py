@@ -223,13 +223,33 @@ def test_the_order_of_the_trials_does_not_change_the_ranking(order: list[int]) -
         assert (first.p_value or 0) == pytest.approx(second.p_value or 0, abs=1e-6)
 
 
-def test_configurations_are_compared_with_the_seeds_that_both_have() -> None:
-    # Seed 0 is easy: who alone has it is no better for that.
+def test_who_alone_has_the_easy_seed_is_not_ahead_for_that() -> None:
     values = {"perplexity-0": 0.9, "perplexity-1": 0.5, "task-1": 0.6}
     ranking = ranking_of(with_values(values, "throughput.a"), "throughput.a")
     best, other = ranking.configurations
-    assert best.label == "criterion=perplexity"
-    assert other.behind.value == pytest.approx(-0.1)
+    assert (best.label, best.unfinished) == ("criterion=task", 2)
+    assert best.estimate.value == 0.6 < other.estimate.value
+    assert other.behind.value == pytest.approx(0.1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_who_does_better_on_all_shared_seeds_is_never_found_to_be_worse(
+    data: st.DataObject,
+) -> None:
+    trials = []
+    for name in made_up.CRITERIA:
+        seeds = data.draw(st.sets(st.integers(0, 4), min_size=1), label=f"seeds of {name}")
+        for seed in seeds:
+            value = data.draw(st.integers(0, 20), label=f"{name} with {seed}") / 20
+            trials.append(made_up.trial(name, seed, 0, {"throughput.a": value}))
+    ranking = ranking_of(Records("s", "p", trials=tuple(trials)), "throughput.a")
+    best, *others = ranking.configurations
+    of_best = {t.seed: t.metrics["throughput.a"] or 0.0 for t in best.trials}
+    for other in others:
+        shared = [t for t in other.trials if t.seed in of_best]
+        if shared and all((t.metrics["throughput.a"] or 0.0) >= of_best[t.seed] for t in shared):
+            assert other.tied and not other.untested
 
 
 def test_a_clear_winner_wins_though_another_is_cheaper() -> None:
@@ -273,6 +293,31 @@ def test_the_winning_seed_is_the_best_on_the_select_half_and_reported_on_the_oth
     assert chosen.reported.value == chosen.trial.metrics["accuracy_report.mean"]
     assert chosen.reported.low is not None and chosen.reported.high is not None
     assert chosen.reported.low < chosen.reported.value < chosen.reported.high
+
+
+def test_the_winners_mean_over_seeds_stands_beside_its_best_seed() -> None:
+    chosen = winner(rank(RECORDS))
+    assert chosen is not None and chosen.over_seeds is not None and chosen.reported is not None
+    trials = chosen.configuration.trials
+    assert len(trials) > 1
+    values = [trial.metrics["accuracy_report.mean"] or 0.0 for trial in trials]
+    assert chosen.over_seeds.value == pytest.approx(sum(values) / len(values))
+    assert chosen.over_seeds.value != chosen.reported.value
+
+
+def test_a_trial_stands_beside_the_teacher_of_its_own_seed() -> None:
+    values = {0: 0.9, 1: 0.7}
+    teachers = tuple(
+        replace(RECORDS.trials[0], trial_id=f"teacher-{seed}", seed=seed, metrics=metrics)
+        for seed, value in values.items()
+        for metrics in ({"accuracy.mean": value, "accuracy_report.mean": value},)
+    )
+    rest = tuple(trial for trial in RECORDS.trials if trial.baseline != TEACHER)
+    chosen = winner(rank(replace(RECORDS, trials=(*teachers, *rest))))
+    assert chosen is not None
+    assert chosen.teacher_reported is not None and chosen.teacher_over_seeds is not None
+    assert chosen.teacher_reported.value == values[chosen.trial.seed]
+    assert chosen.teacher_over_seeds.value == pytest.approx(0.8)
 
 
 def test_the_report_half_changes_nothing_in_the_choice() -> None:
@@ -346,10 +391,18 @@ def test_the_interval_over_seeds_is_students() -> None:
     assert over_seeds([1.0, 1.0]).half_width == 0.0
 
 
-def test_without_intervals_only_equals_are_tied() -> None:
+def test_where_nothing_was_repeated_who_came_out_worse_is_untested() -> None:
     values = {"perplexity-0": 0.5, "task-0": 0.5, "block_influence-0": 0.4999}
     ranking = ranking_of(with_values(values, "throughput.a"), "throughput.a")
     assert {c.label for c in ranking.tied} == {"criterion=perplexity", "criterion=task"}
+    assert [c.label for c in ranking.configurations if c.untested] == ["criterion=block_influence"]
+    chosen = winner(ranking)
+    assert chosen is not None
+    assert [each.label for each in chosen.untested] == ["criterion=block_influence"]
+
+
+def test_what_was_tested_is_tied_or_worse_and_never_untested() -> None:
+    assert not any(each.untested for each in ranking_of(RECORDS).configurations)
 
 
 def test_names_are_as_short_as_they_can_be() -> None:

@@ -16,9 +16,9 @@ MEDIAN = Scheduler(method="median", floor_tokens=100, at_least=2)
 BOTH = pytest.mark.parametrize("scheduler", [ASHA, MEDIAN], ids=lambda each: each.method)
 
 
-def told(judge: Judge, losses: dict[str, float], tokens: int) -> set[str]:
+def told(judge: Judge, losses: dict[str, float], tokens: int, seed: int = 0) -> set[str]:
     """Who is to stop, of those that measured these losses in this order."""
-    return {name for name, loss in losses.items() if judge.stops(name, tokens, loss)}
+    return {name for name, loss in losses.items() if judge.stops(name, seed, tokens, loss)}
 
 
 @BOTH
@@ -35,7 +35,7 @@ def test_the_worst_is_stopped_and_the_best_never(scheduler: Scheduler) -> None:
     stopped = told(judge, losses, 100)
     assert "f" in stopped
     for tokens in (200, 300, 600, 900, 1000):
-        assert not judge.stops("a", tokens, 0.5)
+        assert not judge.stops("a", 0, tokens, 0.5)
 
 
 def test_halving_lets_one_in_three_pass_each_rung() -> None:
@@ -59,16 +59,27 @@ def test_a_judge_remembers_what_earlier_runs_measured(scheduler: Scheduler) -> N
         for name, loss in names.items()
         for t in (50, 100)
     ]
-    fresh, taught = judge_of(scheduler, 1000), judge_of(scheduler, 1000, curves)
-    assert not fresh.stops("new", 100, 9.0)
-    assert taught.stops("new", 100, 9.0)
+    seeds = dict.fromkeys(names, 0)
+    fresh, taught = judge_of(scheduler, 1000), judge_of(scheduler, 1000, curves, seeds)
+    assert not fresh.stops("new", 0, 100, 9.0)
+    assert taught.stops("new", 0, 100, 9.0)
+
+
+@BOTH
+def test_a_trial_is_held_against_those_of_its_own_seed(scheduler: Scheduler) -> None:
+    judge = judge_of(scheduler, 1000)
+    hard = {f"hard {name}": 10.0 + loss for name, loss in enumerate((1.0, 1.1, 1.2))}
+    easy = {f"easy {name}": loss for name, loss in enumerate((1.0, 1.1, 1.2))}
+    told(judge, easy, 100, seed=0)
+    assert "hard 0" not in told(judge, hard, 100, seed=1)
+    assert judge.stops("easy worst", 0, 100, 1.3)
 
 
 @BOTH
 def test_a_loss_that_is_no_number_is_left_to_the_stage(scheduler: Scheduler) -> None:
     judge = judge_of(scheduler, 1000)
     told(judge, {"a": 1.0, "b": 2.0, "c": 3.0}, 100)
-    assert not judge.stops("d", 100, math.nan)
+    assert not judge.stops("d", 0, 100, math.nan)
 
 
 def test_without_early_stopping_nobody_is_stopped() -> None:

@@ -398,10 +398,15 @@ class Perplexity(Frozen):
 
 
 class TaskAccuracy(Frozen):
-    """The fall of downstream accuracy when a block of layers is left out (P2 section 3)."""
+    """The fall of downstream accuracy when a block of layers is left out (P2 section 3).
+
+    On the half of the questions by which trials are chosen, too: layers that were chosen on the
+    other half would do better there than they are.
+    """
 
     kind: Literal["task"] = "task"
     tasks: tuple[Task, ...] = Field(min_length=1)
+    split: Literal["select"] = "select"
     block_lengths: BlockLengths
 
 

@@ -146,7 +146,7 @@ def _by_tasks(
         places,
         lambda part: context.reporter.report(round(part * PARTS), PARTS, {}),
     )
-    intact, *others = [_accuracy(each) for each in answers]
+    intact, *others = [_accuracy(each, criterion.split) for each in answers]
     rows = _leaving_out(criterion.kind, places, intact, others)
     tokens = sum(lengths)
     # The context of an average token, as attention's cost sees it.
@@ -155,9 +155,14 @@ def _by_tasks(
     return rows, StageResult({}, tokens, flops)
 
 
-def _accuracy(answers: Sequence[Any]) -> dict[str, float]:
-    margins = [answer.score for answer in answers if answer.score is not None]
-    correct = [answer.correct for answer in answers]
+def _accuracy(answers: Sequence[Any], split: str) -> dict[str, float]:
+    asked = [answer for answer in answers if answer.split == split]
+    if not asked:
+        raise StageError(
+            f"none of the {len(answers)} questions of the tasks is of the half {split}"
+        )
+    margins = [answer.score for answer in asked if answer.score is not None]
+    correct = [answer.correct for answer in asked]
     return {"accuracy": sum(correct) / len(correct)} | (
         {"margin": sum(margins) / len(margins)} if margins else {}
     )
