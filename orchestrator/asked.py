@@ -89,6 +89,17 @@ class Better(_Claim):
     metric: str
 
 
+class BetterThanEach(_Claim):
+    """The first group does better than every setting of the second by itself: it is the best.
+
+    A claim about `than` is about the mean of the second group, which one bad setting can drag down.
+    """
+
+    better: Group
+    than_each: Opponents
+    metric: str
+
+
 class NoBetter(_Claim):
     """The first group improves on the second by less than `within`, in the metric's unit."""
 
@@ -113,7 +124,7 @@ class RankingChanges(_Claim):
     ranking: Rankings
 
 
-_KINDS: dict[str, type[Better] | type[NoBetter] | type[RankingChanges]] = {
+_KINDS: dict[str, type[Better] | type[BetterThanEach] | type[NoBetter] | type[RankingChanges]] = {
     "better": Better,
     "no_better": NoBetter,
     "ranking": RankingChanges,
@@ -128,16 +139,18 @@ def _as_claim(value: Any) -> Any:
         raise PydanticCustomError("claim", "must be a mapping")
     present = [key for key in _KINDS if key in value]
     if len(present) == 1:
-        return _KINDS[present[0]].model_validate(value, strict=True)
+        each = present == ["better"] and "than_each" in value
+        kind = BetterThanEach if each else _KINDS[present[0]]
+        return kind.model_validate(value, strict=True)
     given = " and ".join(present) or "none"
     text = "a claim has one of better, no_better, ranking; this one has {given}"
     raise PydanticCustomError("claim_kind", text, {"given": given})
 
 
-Claim = Annotated[Better | NoBetter | RankingChanges, BeforeValidator(_as_claim)]
+Claim = Annotated[Better | BetterThanEach | NoBetter | RankingChanges, BeforeValidator(_as_claim)]
 
 
-GROUPS = ("better", "no_better", "than", "among")
+GROUPS = ("better", "no_better", "than", "than_each", "among")
 """The keys of a claim under which a group stands."""
 
 METRICS = (("metric",), ("ranking", "first"), ("ranking", "then"))

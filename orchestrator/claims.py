@@ -2,15 +2,20 @@
 
 A comparison of two groups is made in pairs: trials that agree in the seed and in every axis that
 neither group names. An axis that only one of the two trials has does not keep them apart: a
-baseline lacks the axes of the grid, so it stands beside every value of them, and the teacher,
-which no seed enters, beside every seed. `among` narrows both groups; a baseline that a group names
-stays where it lacks the axis.
+baseline lacks the axes of the grid, so it stands beside every value of them, and a teacher that no
+seed made beside every seed. `among` narrows both groups; a baseline that a group names stays where
+it lacks the axis.
 
 The effect is positive where it speaks for the claim. What is repeated is the seed: differences are
 averaged over the pairs of a setting of the other axes, then over those settings (each counts the
 same), and the interval is over seeds, and over questions too where the metric has them
 (`orchestrator.inference`). One seed gives no verdict: a claim is about a way to make models, and
 how far another seed would have led elsewhere is not known. Its interval over questions is told.
+
+A group that is better than *each* of several settings is compared with one after the other. It is
+supported where all intervals are on its side (an intersection-union test, which needs no
+correction: Berger, 1982, Technometrics 24), and contradicted where one setting is found to be
+better after Holm's correction for their number. The effect that is told is the least certain one.
 
 A claim about rankings is about the sweep's own configurations. Its interval counts a pair of them
 for or against an agreement only where the seeds establish in both metrics which is better; a pair
@@ -34,6 +39,7 @@ from orchestrator.asked import (
     OTHERS,
     SEED,
     Better,
+    BetterThanEach,
     Claim,
     NoBetter,
     RankingChanges,
@@ -47,11 +53,20 @@ from orchestrator.inference import (
     Array,
     Estimate,
     established,
+    holm,
     interval,
+    p_value,
     seed_noise,
 )
 from orchestrator.records import TEACHER, Records, TrialRecord
-from orchestrator.selection import Measure, configuration_key, groups, value_of
+from orchestrator.selection import (
+    Measure,
+    axis_names,
+    canonical,
+    configuration_key,
+    groups,
+    value_of,
+)
 
 Outcome = Literal["supported", "contradicted", "undecided", "no data"]
 Measures = Callable[[str], Measure]
@@ -83,12 +98,15 @@ class Verdict:
 def judge(records: Records, claims: Sequence[Claim]) -> tuple[Verdict, ...]:
     """A verdict per claim, in the same order. The order of the trials does not matter."""
     measures = cache(lambda metric: Measure(records, metric))
-    return tuple(
-        _ranking(records, claim)
-        if isinstance(claim, RankingChanges)
-        else _versus(records, claim, measures)
-        for claim in claims
-    )
+    return tuple(_judged(records, claim, measures) for claim in claims)
+
+
+def _judged(records: Records, claim: Claim, measures: Measures) -> Verdict:
+    if isinstance(claim, RankingChanges):
+        return _ranking(records, claim)
+    if isinstance(claim, BetterThanEach):
+        return _versus_each(records, claim, measures(claim.metric))
+    return _versus(records, claim, measures(claim.metric))
 
 
 def sign_of(metric: str) -> float:
@@ -118,9 +136,9 @@ def _members(
 ) -> list[_Member]:
     """The trials of a group that completed with a value of the metric, by id."""
     own, narrowed = _rule(records, group), _rule(records, among or {})
-    found = []
+    found, seeded = [], _teachers_have_seeds(records)
     for trial in records.trials:
-        settings, value = _settings(trial), value_of(trial, metric)
+        settings, value = _settings(trial, seeded), value_of(trial, metric)
         meant = (BASELINE in group) == (BASELINE in settings) and _fits(settings, own)
         # A baseline lacks the axes of the grid: it stands for every value of them.
         lenient = BASELINE in group
@@ -129,8 +147,16 @@ def _members(
     return sorted(found, key=lambda member: member.trial_id)
 
 
-def _others(records: Records, claim: Better | NoBetter, group: Mapping[str, Any]) -> list[_Member]:
-    """The trials of the grid that have every axis of the group, and are not in it."""
+def _opponents(
+    records: Records,
+    claim: Better | BetterThanEach | NoBetter,
+    group: Mapping[str, Any],
+    than: Mapping[str, Any],
+) -> list[_Member]:
+    """The second group: as it is named or, of `others`, the trials of the grid that have every axis
+    of the first, and are not in it."""
+    if than != OTHERS:
+        return _members(records, claim.metric, than, claim.among)
     everything = _members(records, claim.metric, {}, claim.among)
     own = _rule(records, group)
     return [
@@ -140,20 +166,25 @@ def _others(records: Records, claim: Better | NoBetter, group: Mapping[str, Any]
     ]
 
 
-def _settings(trial: TrialRecord) -> dict[str, str]:
-    """Keys of the axes, the baseline and the seed, where the trial has one. No seed enters the
-    teacher, so it has none."""
+def _settings(trial: TrialRecord, teachers_have_seeds: bool) -> dict[str, str]:
+    """Keys of the axes, the baseline and the seed, where one entered the trial."""
     found = {name: key_of(value) for name, value in trial.axes.items()}
     if trial.baseline is not None:
         found[BASELINE] = key_of(trial.baseline)
-    if trial.baseline != TEACHER:
+    if trial.baseline != TEACHER or teachers_have_seeds:
         found[SEED] = key_of(trial.seed)
     return found
 
 
+def _teachers_have_seeds(records: Records) -> bool:
+    """Whether every seed has a teacher of its own, as where it is trained and not loaded."""
+    return len({trial.seed for trial in records.trials if trial.baseline == TEACHER}) > 1
+
+
 def _rule(records: Records, group: Mapping[str, Any]) -> dict[str, set[str]]:
     """By name, the keys of the values that a group means."""
-    all_settings = [_settings(trial) for trial in records.trials]
+    seeded = _teachers_have_seeds(records)
+    all_settings = [_settings(trial, seeded) for trial in records.trials] if group else []
     return {
         name: keys_meant(wanted, {each[name] for each in all_settings if name in each})
         for name, wanted in group.items()
@@ -180,30 +211,94 @@ class _Pair:
     cell: tuple[tuple[str, str], ...]
 
 
-def _versus(records: Records, claim: Better | NoBetter, measures: Measures) -> Verdict:
+@dataclass(frozen=True)
+class _Effect:
+    """The mean over seeds of the differences of some pairs. `p_value`: of there being none; None
+    where the estimate has no interval."""
+
+    estimate: Estimate
+    p_value: float | None
+    note: str | None
+    pairs: int
+    seeds: int
+
+
+def _versus(records: Records, claim: Better | NoBetter, measure: Measure) -> Verdict:
     group = claim.better if isinstance(claim, Better) else claim.no_better
     first = _members(records, claim.metric, group, claim.among)
-    if claim.than == OTHERS:
-        second, named = _others(records, claim, group), set[str]()
-    else:
-        second = _members(records, claim.metric, claim.than, claim.among)
-        named = set(claim.than)
-    free = {*group, *named, BASELINE} - {SEED}
+    second, free = _opponents(records, claim, group, claim.than), _free(group, claim.than)
     pairs = _pairs(first, second, free)
     if not pairs:
         return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))
-    estimate, note = _effect(measures(claim.metric), sign_of(claim.metric), pairs)
-    seeds = len({pair.seed for pair in pairs})
-    outcome = _outcome(claim, estimate)
-    if seeds == 1 and estimate.low is not None:
+    effect = _effect(measure, sign_of(claim.metric), pairs)
+    return _decided(claim, effect, _outcome(claim, effect.estimate), effect.note)
+
+
+def _versus_each(records: Records, claim: BetterThanEach, measure: Measure) -> Verdict:
+    first = _members(records, claim.metric, claim.better, claim.among)
+    second = _opponents(records, claim, claim.better, claim.than_each)
+    free = _free(claim.better, claim.than_each)
+    apart = sorted((claim.better if claim.than_each == OTHERS else claim.than_each).keys() - {SEED})
+    by_setting: dict[tuple[str, ...], list[_Member]] = {}
+    for member in second:
+        by_setting.setdefault(tuple(member.settings[name] for name in apart), []).append(member)
+    found: dict[str, _Effect] = {}
+    for key in sorted(by_setting):
+        name = _named(records, by_setting[key][0].trial, apart)
+        if pairs := _pairs(first, by_setting[key], free):
+            found[name] = _effect(measure, sign_of(claim.metric), pairs)
+    if not found:
+        return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))
+    better = _found_better(found)
+    name = better or min(found, key=lambda each: _lowest(found[each].estimate))
+    outcomes = {_outcome(claim, each.estimate) for each in found.values()}
+    whole = outcomes == {"supported"} and len(found) == len(by_setting)
+    outcome: Outcome = "contradicted" if better else "supported" if whole else "undecided"
+    unpaired = len(by_setting) - len(found)
+    note = f"of {len(found)}, {'ahead of it' if better else 'least surely behind it'}: {name}"
+    note += f"; no pair with {unpaired} more" if unpaired else ""
+    return _decided(claim, found[name], outcome, "; ".join(filter(None, (note, found[name].note))))
+
+
+def _free(group: Mapping[str, Any], than: Mapping[str, Any]) -> set[str]:
+    """In what the two trials of a pair may differ."""
+    return {*group, *(() if than == OTHERS else than), BASELINE} - {SEED}
+
+
+def _named(records: Records, trial: TrialRecord, names: Sequence[str]) -> str:
+    short = axis_names(records)
+    values = {name: trial.baseline if name == BASELINE else trial.axes[name] for name in names}
+    return ", ".join(f"{short.get(name, name)}={canonical(v)}" for name, v in values.items())
+
+
+def _found_better(found: Mapping[str, _Effect]) -> str | None:
+    """The opponent that most surely does better than the group, if one is found to."""
+    tested = {name: each.p_value for name, each in found.items() if each.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    ahead = [
+        name
+        for name, p in adjusted.items()
+        if p < 1 - CONFIDENCE and found[name].estimate.value < -ROUNDING and found[name].seeds > 1
+    ]
+    return min(ahead, key=lambda name: tested[name], default=None)
+
+
+def _lowest(estimate: Estimate) -> float:
+    return estimate.value if estimate.low is None else estimate.low
+
+
+def _decided(
+    claim: Better | BetterThanEach | NoBetter, effect: _Effect, outcome: Outcome, note: str | None
+) -> Verdict:
+    if effect.seeds == 1 and effect.estimate.low is not None:
         note = f"one seed decides nothing; over its questions alone: {outcome}"
     return _verdict(
         claim,
         claim.metric,
-        estimate,
-        outcome if seeds > 1 else "undecided",
-        pairs=len(pairs),
-        seeds=seeds,
+        effect.estimate,
+        outcome if effect.seeds > 1 else "undecided",
+        pairs=effect.pairs,
+        seeds=effect.seeds,
         note=note,
     )
 
@@ -235,8 +330,7 @@ def _why_no_pair(first: Sequence[_Member], second: Sequence[_Member], free: set[
     return f"no trial of one group agrees with one of the other in {', '.join(names)}"
 
 
-def _effect(measure: Measure, sign: float, pairs: Sequence[_Pair]) -> tuple[Estimate, str | None]:
-    """The mean over seeds of the paired differences, with its interval, and what that rests on."""
+def _effect(measure: Measure, sign: float, pairs: Sequence[_Pair]) -> _Effect:
     by_seed: dict[str, list[_Pair]] = {}
     for pair in pairs:
         by_seed.setdefault(pair.seed, []).append(pair)
@@ -246,11 +340,15 @@ def _effect(measure: Measure, sign: float, pairs: Sequence[_Pair]) -> tuple[Esti
     value, seeds = statistics.fmean(effects), seed_noise(effects)
     answers = measure.answers(trials.values())
     if answers is None:
-        return _over_seeds_alone(effects, measure.has_questions)
+        estimate, note = _over_seeds_alone(effects, measure.has_questions)
+        test = None if estimate.low is None else p_value(value, seeds, None)
+        return _Effect(estimate, test, note, len(pairs), len(by_seed))
     rows = [sign * _average(by_seed[seed], answers) for seed in sorted(by_seed)]
     varied = max(effects) - min(effects) > ROUNDING
     note = None if varied else "the effect is the same with every seed: over questions alone"
-    return interval(value, seeds, measure.noise(rows)), note
+    questions = measure.noise(rows)
+    estimate, test = interval(value, seeds, questions), p_value(value, seeds, questions)
+    return _Effect(estimate, test, note, len(pairs), len(by_seed))
 
 
 def _over_seeds_alone(effects: Sequence[float], lacking: bool) -> tuple[Estimate, str | None]:
@@ -317,7 +415,7 @@ def _ranking(records: Records, claim: RankingChanges) -> Verdict:
 
 def _measured(records: Records, claim: RankingChanges) -> list[TrialRecord]:
     """The trials, the teacher's aside, that have both values and are among those meant."""
-    rule = _rule(records, claim.among or {})
+    rule, seeded = _rule(records, claim.among or {}), _teachers_have_seeds(records)
     by_configuration = sorted(records.trials, key=lambda t: (configuration_key(t), t.trial_id))
     return [
         trial
@@ -325,7 +423,7 @@ def _measured(records: Records, claim: RankingChanges) -> list[TrialRecord]:
         if trial.baseline != TEACHER
         and value_of(trial, claim.ranking.first) is not None
         and value_of(trial, claim.ranking.then) is not None
-        and _fits(_settings(trial), rule)
+        and _fits(_settings(trial, seeded), rule)
     ]
 
 
@@ -363,7 +461,7 @@ def _outcome(claim: Claim, effect: Estimate) -> Outcome:
     low, high = effect.low, effect.high
     if low is None or high is None:
         return "undecided"
-    if isinstance(claim, Better):
+    if isinstance(claim, Better | BetterThanEach):
         supported, contradicted = low > ROUNDING, high < -ROUNDING
     elif isinstance(claim, NoBetter):
         supported, contradicted = high < claim.within, low > claim.within

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import jinja2
 from markupsafe import Markup
 
-from orchestrator.asked import Better, Claim, NoBetter
+from orchestrator.asked import Better, BetterThanEach, Claim, NoBetter
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import Estimate, Ranking, Winner, axis_names, labels
 from orchestrator.tables import Cell, Column, Table
@@ -387,7 +387,7 @@ def _plot(effect: Estimate, claim: Claim, width: float = 200.0) -> Mapping[str, 
 
 def _limit(claim: Claim) -> tuple[float, bool]:
     """What the whole interval has to pass, and whether upwards."""
-    if isinstance(claim, Better):
+    if isinstance(claim, Better | BetterThanEach):
         return 0.0, True
     if isinstance(claim, NoBetter):
         return claim.within, False

@@ -160,6 +160,71 @@ def test_a_baseline_is_compared_with_every_value_of_an_axis_it_lacks() -> None:
     assert interval(verdict)[0] == pytest.approx((1.5 + 1.45) / 2)
 
 
+EACH = {"better": {"way": "new"}, "than_each": {"way": ["old", "older"]}}
+
+
+def test_better_than_each_looks_at_every_setting_where_better_than_looks_at_their_mean() -> None:
+    found = [
+        *trials("new", [2.0, 2.2, 2.4]),
+        *trials("old", [1.9, 2.11, 2.3]),  # ahead
+        *trials("older", [9.0, 9.1, 9.2]),  # so far behind that the mean is, too
+    ]
+    mean = asked({"better": {"way": "new"}, "than": {"way": ["old", "older"]}})
+    assert judged(found, mean).verdict == "supported"
+    verdict = judged(found, asked(EACH))
+    assert verdict.verdict == "contradicted"
+    assert interval(verdict)[0] == pytest.approx(-0.0966667, abs=1e-6)
+    assert verdict.note == "of 2, ahead of it: way=old"
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"), [([2.1, 2.31, 2.5], "supported"), ([2.1, 2.1, 2.5], "undecided")]
+)
+def test_better_than_each_is_as_sure_as_the_least_certain_comparison(
+    old: list[float], expected: str
+) -> None:
+    found = [*trials("new", [2.0, 2.2, 2.4]), *trials("old", old)]
+    found += trials("older", [3.0, 3.2, 3.41])
+    verdict = judged(found, asked(EACH))
+    alone = judged(found, asked(NEW_BETTER))
+    assert (verdict.verdict, verdict.effect) == (expected, alone.effect)
+    assert verdict.note == "of 2, least surely behind it: way=old"
+
+
+def test_each_of_the_others_is_a_setting_of_the_axes_that_the_group_names() -> None:
+    found = [
+        trial(seed, value + 0.01 * seed * value, way=way, size=size, other=other)
+        for way, size, value in (("new", 1, 1.0), ("new", 2, 2.0), ("old", 1, 3.0))
+        for other in ("a", "b")
+        for seed in (0, 1, 2)
+    ]
+    claim = asked({"better": {"way": "new", "size": 1}, "than_each": "others"})
+    verdict = judged(found, claim)
+    assert (verdict.verdict, verdict.pairs, verdict.seeds) == ("supported", 2 * 3, 3)
+    assert verdict.note == "of 2, least surely behind it: size=2, way=new"
+
+
+def test_better_than_each_needs_data_of_each() -> None:
+    far = [*trials("new", [2.0, 2.2, 2.4]), *trials("old", [3.0, 3.2, 3.41])]
+    verdict = judged([*far, trial(7, 5.0, way="older")], asked(EACH))
+    assert verdict.verdict == "undecided"
+    assert verdict.note is not None and verdict.note.endswith("no pair with 1 more")
+    assert judged(trials("new", [2.0, 2.2]), asked(EACH)).verdict == "no data"
+
+
+def test_better_than_each_is_undecided_with_one_seed() -> None:
+    found = [trial(0, value, way=way) for way, value in (("new", 1), ("old", 2), ("older", 3))]
+    assert judged(found, asked(EACH)).verdict == "undecided"
+
+
+def test_a_teacher_of_every_seed_is_compared_with_its_own_seed() -> None:
+    found = [*trials("new", [2.0, 3.0, 4.001])]
+    found += [trial(seed, 1.9 + seed, baseline=TEACHER) for seed in range(3)]
+    verdict = judged(found, asked({"better": {"baseline": TEACHER}, "than": {"way": "new"}}))
+    assert (verdict.pairs, verdict.seeds) == (3, 3)
+    assert interval(verdict) == pytest.approx((0.1, 0.1, 0.1), abs=0.003)
+
+
 def test_the_teacher_is_compared_with_every_seed() -> None:
     found = [*trials("new", [2.0, 2.1, 2.05]), trial(0, 1.9, baseline=TEACHER)]
     verdict = judged(found, asked({"better": {"baseline": TEACHER}, "than": {"way": "new"}}))
@@ -473,6 +538,7 @@ def test_a_sweep_hands_its_claims_on_in_its_resolved_form(tmp_path: Path) -> Non
         ({"better": None}, "claims.0.better: "),
         ({"better": {}}, "claims.0.better: needs at least 1"),
         ({"within": 0.1}, "claims.0.within: unknown key"),
+        ({"than_each": {"prune.depth.contiguous": True}}, "claims.0.than: unknown key"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_claim_is_told_with_its_place(

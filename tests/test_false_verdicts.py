@@ -94,6 +94,24 @@ def test_of_losses(kind: str, seeds: int) -> None:
     assert false_verdicts(make, KINDS[kind], "lm_loss.after") <= ALLOWED
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("opponents", [2, 8])
+def test_of_the_best_of_several(opponents: int, seeds: int) -> None:
+    """All are equal: neither may one be called the best, nor another better than it."""
+
+    def make(draw: np.random.Generator) -> Records:
+        shared = draw.normal(2, 0.5, seeds)
+        found = [
+            trial(way, seed, {"lm_loss.after": shared[seed] + draw.normal(0, 0.1)})
+            for way in range(1 + opponents)
+            for seed in range(seeds)
+        ]
+        return Records("s", "p", trials=tuple(found))
+
+    best = {"better": {"way": 0}, "than_each": "others"}
+    assert false_verdicts(make, best, "lm_loss.after") <= ALLOWED
+
+
 @pytest.mark.parametrize(("seeds", "luck"), [(1, 0.1), (2, 0.1), (3, 0.0), (3, 0.1), (8, 0.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_accuracies(kind: str, seeds: int, luck: float) -> None:
