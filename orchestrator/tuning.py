@@ -41,6 +41,7 @@ LOOK_EVERY_S = 0.5
 """How often a worker looks whether to stop."""
 REASON_LENGTH = 300
 """Of what Ray says of a dead worker: the rest is in the log."""
+LOW_ON_MEMORY = "the worker was killed as its node ran low on memory"
 REPORT_EVERY_S = 4.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
 
@@ -301,6 +302,22 @@ class _Desk:
             self._pace.begin(job_id)
             self._watcher.started(job_id)
 
+    def memory_ran_out(self, at_once: int, reason: str) -> int:
+        """Ray took a worker's memory away, and Tune gave up; gives how many may run from now on.
+
+        While several ran, nobody knows whose fault it was: all wait again, and fewer run at once.
+        One that ran alone is lost.
+        """
+        running = list(self.queue.running.values())
+        if at_once == 1:
+            self.worker_died([job.job_id for job in running], reason, reason)
+            return 1
+        for job in running:
+            self._pace.end(job.job_id)
+            self.queue.put_back(job.job_id)
+            self._watcher.finished(job.job_id, "lost", f"{reason}; from now {at_once - 1} at once")
+        return at_once - 1
+
     def worker_died(self, jobs: Sequence[str], reason: str, trace: str) -> None:
         """The job that it was at is lost; those that it had not come to are handed out again."""
         left = [self.queue.running[each] for each in jobs if each in self.queue.running]
@@ -372,37 +389,60 @@ def run(
     desk = _Desk(queue, place, ledger, mirror, watcher, judge or NoJudge())
     place.stop_file.unlink(missing_ok=True)
     shutil.rmtree(place.early_stops, ignore_errors=True)
-    with (
-        _ray(address, resources.workers > 1) as cores,
-        _scratch() as scratch,
-        _interruptible(queue, place.stop_file),
-    ):
-        _check_room(resources, cores)
-        _tuner(desk, resources, cores, max_concurrent, scratch).fit()
+    most = max_concurrent or resources.max_concurrent
+    with _interruptible(queue, place.stop_file):
+        while True:
+            # A new Ray each time: what the old one had promised to workers goes with it.
+            with _ray(address, resources.workers > 1) as cores, _scratch() as scratch:
+                _check_room(resources, cores)
+                at_once = _at_once(resources, cores, most)
+                ran_out = _fit(_tuner(desk, resources, cores, at_once, scratch))
+            if ran_out is None:
+                break
+            most = desk.memory_ran_out(at_once, ran_out)
     place.stop_file.unlink(missing_ok=True)
     return Summary(desk.completed, desk.stopped, desk.failed, queue.stopping)
 
 
-def _tuner(
-    desk: _Desk, resources: Resources, cores: int, max_concurrent: int | None, scratch: Path
-) -> Any:
+def _at_once(resources: Resources, cores: int, most: int | None) -> int:
+    """How many trials may run at a time."""
+    at_once = most or cores
+    if resources.workers > 1:
+        # Ray Train makes placement groups that Tune knows nothing of: together they must fit.
+        at_once = min(at_once, cores // (resources.workers * resources.cpus_per_trial))
+    return max(1, at_once)
+
+
+def _fit(tuner: Any) -> str | None:
+    """Run to the end; a reason where Ray killed a worker lest the node run out of memory.
+
+    Of a worker that died Tune tells its callback, but that exception it does not expect.
+    """
+    from ray.exceptions import OutOfMemoryError
+
+    try:
+        tuner.fit()
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, OutOfMemoryError):
+            raise
+        return LOW_ON_MEMORY
+    return None
+
+
+def _tuner(desk: _Desk, resources: Resources, cores: int, at_once: int, scratch: Path) -> Any:
     from ray import tune
 
     trainable = tune.with_resources(
         run_jobs, lambda config: tune.PlacementGroupFactory([config["bundle"]])
     )
     describe = _describer(desk.place, resources, cores)
-    at_once = max_concurrent or resources.max_concurrent or cores
-    if resources.workers > 1:
-        # Ray Train makes placement groups that Tune knows nothing of: together they must fit.
-        at_once = min(at_once, cores // (resources.workers * resources.cpus_per_trial))
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=_searcher(desk, describe),
             num_samples=-1,
             reuse_actors=True,
-            max_concurrent_trials=max(1, at_once),
+            max_concurrent_trials=at_once,
             trial_name_creator=lambda trial: str(trial.trial_id),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
@@ -493,6 +533,13 @@ def _searcher(desk: _Desk, describe: Callable[[Sequence[Job]], dict[str, Any]]) 
     return Jobs(metric=None, mode=None)
 
 
+def _why_it_died(trace: str) -> str:
+    """In a line; what Ray says of memory is a page, and its last lines are general advice."""
+    if "due to the node running low on memory" in trace:
+        return LOW_ON_MEMORY
+    return f"the worker died: {trace.strip().splitlines()[-1]}"[:REASON_LENGTH]
+
+
 def _callback(desk: _Desk) -> Any:
     """Tune's events, turned into the desk's."""
     from ray.tune import Callback
@@ -522,8 +569,7 @@ def _callback(desk: _Desk) -> Any:
             # Tune's own getter looks where the file has not been uploaded to yet.
             path = Path(trial.error_file) if trial.error_file else None
             trace = path.read_text() if path and path.exists() else "no error was recorded"
-            reason = f"the worker died: {trace.strip().splitlines()[-1]}"[:REASON_LENGTH]
-            desk.worker_died(trial.config["jobs"], reason, trace)
+            desk.worker_died(trial.config["jobs"], _why_it_died(trace), trace)
 
     return Events()
 

@@ -159,6 +159,35 @@ def test_a_dead_worker_is_replaced_a_bounded_number_of_times(calm: Calm, prepare
     finished.is_untouched(results)
 
 
+def test_workers_that_a_node_has_no_memory_for_are_tried_again_with_fewer_at_once(
+    calm: Calm, prepared: Prepare
+) -> None:
+    """Ray kills a worker in the middle of its work when a node's memory is nearly used up."""
+    results = prepared()
+    finished = Finished.of(results)
+    memory = psutil.virtual_memory()
+    enough = (memory.total - memory.available + 5e9) / memory.total
+    run = faults.start(calm.sweep, results, RAY_memory_usage_threshold=f"{enough:.4f}")
+    run.until(lambda: faults.furthest(results), "a student had a checkpoint")
+    ballast = bytearray(b"1") * int(6e9)
+    run.until(lambda: "ran low on memory" in run.output, "a worker was killed")
+    del ballast
+    run.ends(0)
+    nothing_lost(run, calm)
+    finished.is_untouched(results)
+
+
+def test_a_worker_that_never_has_the_memory_to_start_is_told_in_a_line(
+    calm: Calm, prepared: Prepare
+) -> None:
+    run = faults.start(calm.sweep, prepared(), RAY_memory_usage_threshold="0.001")
+    run.ends(1)
+    failed = [trial for trial in rows(run.folder, "trials") if trial["status"] == "failed"]
+    assert failed
+    for trial in failed:
+        assert "its node ran low on memory (tried 3 times)" in trial["reason"]
+
+
 def test_signals_save_or_stop_at_once(calm: Calm, prepared: Prepare) -> None:
     """Ctrl-C once drains and saves, twice stops now; the same command goes on from there."""
     results = prepared()
