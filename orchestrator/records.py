@@ -133,12 +133,15 @@ class Records:
         outside = {trial.trial_id for trial in self.trials if not trial.in_sweep}
         if not outside:
             return self
+        stages = tuple(each for each in self.stages if each.trial_id not in outside)
+        measured_by = {each.stage_id for each in stages}
         return replace(
             self,
             trials=tuple(each for each in self.trials if each.in_sweep),
-            stages=tuple(each for each in self.stages if each.trial_id not in outside),
+            stages=stages,
             curves=tuple(each for each in self.curves if each.trial_id not in outside),
             items=tuple(each for each in self.items if each.trial_id not in outside),
+            scores=tuple(each for each in self.scores if each.stage_id in measured_by),
         )
 
 

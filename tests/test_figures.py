@@ -281,6 +281,22 @@ def test_stages_of_different_configurations_have_a_panel_each() -> None:
     assert [each.title for each in found] == ["x: way=a", "x: way=other"]
 
 
+def test_a_seed_that_the_sweep_no_longer_asks_for_is_no_round_of_pruning() -> None:
+    records = importance({0: [1.0], 1: [2.0], 2: [9.0]})
+    *kept, left = records.trials
+    left_over = replace(records, trials=(*kept, replace(left, in_sweep=False)))
+    assert blocks(left_over.asked, "lm_loss") == blocks(importance({0: [1.0], 1: [2.0]}), "lm_loss")
+
+
+def test_a_measurement_stays_while_one_trial_that_read_it_is_asked_for() -> None:
+    records = importance({0: [1.0]})
+    (stage,), (kept,) = records.stages, records.trials
+    also = replace(kept, trial_id="left", in_sweep=False)
+    shared = (replace(stage, trial_id="left"), replace(stage, cached=True))
+    asked = replace(records, trials=(kept, also), stages=shared).asked
+    assert blocks(asked, "lm_loss") == blocks(records, "lm_loss")
+
+
 def test_layers_count_from_one_and_the_intact_model_is_dashed() -> None:
     drawing = figures.layer_importance(RECORDS, "lm_loss")
     assert drawing is not None
