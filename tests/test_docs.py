@@ -15,6 +15,7 @@ import pytest
 from docs_at_hand import PAGES, ROOT, blocks
 
 from orchestrator.cli import app
+from orchestrator.stages import STAGES
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -145,6 +146,14 @@ def test_the_verdicts_that_the_readme_shows_are_those_of_the_practices_page() ->
     start = page.index("| # | practice |")
     table = page[start : page.index("\n\n", start)]
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_the_page_on_clusters_says_which_stages_run_on_all_workers() -> None:
+    page = prose(ROOT / "docs" / "cluster.md")
+    (told,) = (part for part in page.split("\n\n") if "run on all workers" in part)
+    on_all, on_one = told.split("run on one.")[0].split("run on all workers")
+    assert re.findall(r"`(\w+)`", on_all) == [kind for kind in STAGES if STAGES[kind].trains]
+    assert set(re.findall(r"`(\w+)`", on_one)) == {k for k in STAGES if not STAGES[k].trains}
 
 
 def test_what_the_decisions_say_of_removed_heads_is_what_is_published() -> None:
