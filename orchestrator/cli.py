@@ -388,22 +388,32 @@ def verify(trial_id: str, results: Path, keep: Path | None, tolerance: float) ->
     show_default=True,
     help="Folder that the sweep would write into.",
 )
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As the sweep would have it."
+)
 @click.option("--profile", help="Scale that the sweep would run at.")
 @click.argument("sweep", type=click.Path(path_type=Path), required=False)
 def doctor(
-    sweep: Path | None, profile: str | None, results: Path, address: str | None, as_json: bool
+    sweep: Path | None,
+    profile: str | None,
+    overrides: tuple[str, ...],
+    results: Path,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Check that this machine, or a cluster, has what a sweep will need; name each remedy.
 
     \b
     orchestrate doctor                                      this machine
     orchestrate doctor sweeps/width_vs_depth.yaml --profile llama31_8b --address auto
+    orchestrate doctor sweeps/losses.yaml --set artifacts=/shared/artifacts
     """
     from orchestrator import doctor as doctoring
     from orchestrator.cluster import UnreachableError, host_and_port
 
-    if sweep is None and profile is not None:
-        _refuse("--profile needs a sweep: orchestrate doctor SWEEP --profile PROFILE")
+    if sweep is None and (profile is not None or overrides):
+        option = "--set KEY=VALUE" if profile is None else "--profile PROFILE"
+        _refuse(f"{option.split()[0]} needs a sweep: orchestrate doctor SWEEP {option}")
     try:
         if address is not None and address != "auto":
             host_and_port(address)
@@ -411,7 +421,7 @@ def doctor(
         _refuse(f"--address: {error}")
     needs, store = doctoring.Needs(), None
     if sweep is not None:
-        loaded, planned = _plan(sweep, profile, (), results)
+        loaded, planned = _plan(sweep, profile, overrides, results)
         store = _store(results, loaded)
         stored = {n.stage_id for n in planned.nodes() if store.manifest(n.stage_id) is not None}
         needs = doctoring.needs_of(planned, loaded.resources, stored)

@@ -14,14 +14,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 PACKAGES = ("orchestrator", "trainers")
@@ -176,8 +176,8 @@ class Node:
     """Those that torch can use there; None where Ray has none to give."""
     versions: Mapping[str, str]
     compiler: bool
-    shares_folder: bool
-    """Whether it sees what the driver writes into the results folder, and can write there."""
+    shares: Mapping[str, bool]
+    """Of each folder whether it sees what the driver writes there, and can write there."""
     problem: str | None
     """Why nothing could be run there."""
 
@@ -190,15 +190,16 @@ class View:
     dashboard: str | None
 
 
-def view(address: str | None, folder: Path, patience_s: float = LOOK_S) -> View:
-    """Start or join a Ray, run a task on each of its nodes, leave again.
+def view(address: str | None, folders: Sequence[Path], patience_s: float = LOOK_S) -> View:
+    """Start or join a Ray, run a task on each of its nodes, which looks at the `folders`, too, and
+    leave again.
 
     In a process of its own, with an end: a Ray that cannot be reached may take that process down or
     never answer. Raises `UnreachableError`.
     """
     if address is not None:
         check_address(address)
-    request = json.dumps({"address": address, "folder": str(folder)})
+    request = json.dumps({"address": address, "folders": [str(folder) for folder in folders]})
     command = [sys.executable, "-c", "from orchestrator import cluster; cluster.main()", request]
     # -c looks for modules in the working folder first, and a checkout need not be installed.
     here = str(Path(__file__).parent.parent)
@@ -228,25 +229,26 @@ def main() -> None:
     """Print the `View` that the JSON on the command line asks for, or a `problem`."""
     asked = json.loads(sys.argv[1])
     try:
-        answer = asdict(_look(asked["address"], Path(asked["folder"])))
+        answer = asdict(_look(asked["address"], asked["folders"]))
     except UnreachableError as error:
         answer = {"problem": str(error)}
     print(json.dumps(answer), flush=True)
 
 
-def _look(address: str | None, folder: Path) -> View:
-    with (
-        joined(address, dashboard=True) as found,
-        tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as mark,
-    ):
+def _look(address: str | None, folders: Sequence[str]) -> View:
+    with joined(address, dashboard=True) as found, ExitStack() as files:
         import ray
 
-        nodes = [_node(node, mark.name) for node in ray.nodes() if node["Alive"]]
+        marks = {
+            folder: files.enter_context(NamedTemporaryFile(dir=folder, prefix=".doctor-")).name
+            for folder in folders
+        }
+        nodes = [_node(node, marks) for node in ray.nodes() if node["Alive"]]
         answers = found.dashboard is not None and _answers(f"http://{found.dashboard}")
         return View(tuple(nodes), found.dashboard if answers else None)
 
 
-def _node(node: Mapping[str, Any], mark: str) -> Node:
+def _node(node: Mapping[str, Any], marks: Mapping[str, str]) -> Node:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -255,18 +257,18 @@ def _node(node: Mapping[str, Any], mark: str) -> Node:
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_on_node)
     found: dict[str, Any] = {"visible_gpus": None, "versions": {}}
-    found |= {"compiler": False, "shares_folder": False}
+    found |= {"compiler": False, "shares": dict.fromkeys(marks, False)}
     problem = None
     try:
-        found = ray.get(task.remote(mark, gpus > 0), timeout=LOOK_S / 2)
+        found = ray.get(task.remote(marks, gpus > 0), timeout=LOOK_S / 2)
     except Exception as error:  # whatever keeps a node from working is what is asked for here
         problem = first_line(error)
     name = node["NodeName"] or node["NodeManagerAddress"]
     return Node(name, float(resources.get("CPU", 0)), gpus, problem=problem, **found)
 
 
-def _on_node(mark: str, has_gpus: bool) -> dict[str, Any]:
-    """What a process on a node finds there."""
+def _on_node(marks: Mapping[str, str], has_gpus: bool) -> dict[str, Any]:
+    """What a process on a node finds there. `marks` are files of the driver's, by folder."""
     visible = None
     if has_gpus:
         import torch
@@ -276,7 +278,7 @@ def _on_node(mark: str, has_gpus: bool) -> dict[str, Any]:
         "visible_gpus": visible,
         "versions": versions(SAME_EVERYWHERE),
         "compiler": shutil.which(os.environ.get("CXX", "c++")) is not None,
-        "shares_folder": _shares_folder_of(Path(mark)),
+        "shares": {folder: _shares_folder_of(Path(mark)) for folder, mark in marks.items()},
     }
 
 

@@ -125,11 +125,11 @@ def demands(
     config: TrialConfig, steps: Mapping[str, StageNode], resources: Resources
 ) -> dict[str, Demand]:
     """What each step of a trial takes."""
-    shapes = _shapes(config, steps)
+    shapes = model_shapes(config, steps)
     return {step: _demand(node, shapes, resources) for step, node in steps.items()}
 
 
-def _shapes(config: TrialConfig, steps: Mapping[str, StageNode]) -> dict[str, Shape]:
+def model_shapes(config: TrialConfig, steps: Mapping[str, StageNode]) -> dict[str, Shape]:
     """The shape of the model that each stage leaves or, of a cache, tells of; by stage id."""
     found: dict[str, Shape] = {}
     for step, node in steps.items():

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator import cluster, tracking
+from orchestrator import cluster, footprint, tracking
 from orchestrator.cluster import Node, UnreachableError, View
 from orchestrator.plan import SweepPlan
 from orchestrator.spec import Resources
@@ -66,31 +66,34 @@ class Needs:
     """CPUs and GPUs are for each worker."""
     cache_bytes: int = 0
     model_bytes: int = 0
+    checkpoint_bytes: int = 0
+    """Of the training checkpoints that there are at the same time."""
 
 
-def needs_of(plan: SweepPlan, resources: Resources, stored: Collection[str]) -> Needs:
-    """What the planned sweep asks for, beyond the `stored` stages."""
-    nodes = [node for node in plan.nodes() if node.stage_id not in stored]
-    bytes_of = {
-        node.stage_id: _model_bytes(trial.shape.parameters, node.kind, node.config)
-        for trial in plan.trials
-        for node in trial.steps.values()
-    }
+def needs_of(
+    plan: SweepPlan,
+    resources: Resources,
+    stored: Collection[str],
+    cores: int = os.cpu_count() or 1,
+) -> Needs:
+    """What the planned sweep asks for, beyond the `stored` stages. So many trials run at once as
+    the resources say, or as so many `cores` take."""
+    models, checkpoints = dict[str, int](), dict[str, int]()
+    for trial in plan.trials:
+        models |= footprint.model_bytes(trial)
+        checkpoints |= footprint.checkpoint_bytes(trial, resources)
+    at_once = cores // (resources.workers * resources.cpus_per_trial)
+    at_once = max(1, resources.max_concurrent or at_once)
+    left = [node for node in plan.nodes() if node.stage_id not in stored]
+    largest = sorted((checkpoints.get(node.stage_id, 0) for node in left), reverse=True)
     return Needs(
         workers=resources.workers,
         cpus=resources.cpus_per_trial,
         gpus=resources.gpus_per_worker,
-        cache_bytes=sum(node.disk_bytes for node in nodes),
-        model_bytes=sum(bytes_of[node.stage_id] for node in nodes),
+        cache_bytes=sum(node.disk_bytes for node in left),
+        model_bytes=sum(models.get(node.stage_id, 0) for node in left),
+        checkpoint_bytes=sum(largest[:at_once]),
     )
-
-
-def _model_bytes(parameters: int, kind: str, config: object) -> int:
-    """Of the checkpoint that a stage leaves, at the size of the trial's final model."""
-    if kind not in ("prune", "distill"):
-        return 0
-    training = config.get("training", {}) if isinstance(config, dict) else {}
-    return parameters * (2 if training.get("precision") == "bf16" else 4)
 
 
 def examine(
@@ -107,12 +110,15 @@ def examine(
         yield from op(_torch_gpus() > 0)
     writable = shared_folder(results)
     yield writable
+    folders = [results.resolve()]
     if store is not None:
-        yield artifacts(store)
-    yield disk(results, needs)
+        yield (usable := artifacts(store))
+        if usable.ok and not _is_inside(store.root, results):
+            folders.append(store.root.resolve())
+    yield from disks(results, needs, store)
     yield mlflow_store(tracking.tracking_uri(results))
     if writable.ok:
-        yield from ray_checks(address, results, needs)
+        yield from ray_checks(address, folders, needs)
 
 
 # --- this machine ----------------------------------------------------------------------------
@@ -294,20 +300,37 @@ def artifacts(store: Store, timeout_s: float = STORAGE_S) -> Check:
     return Check(name, False, f"{place}: {problem}", remedy)
 
 
-def disk(folder: Path, needs: Needs) -> Check:
+def _is_inside(folder: Path, other: Path) -> bool:
+    return folder.resolve().is_relative_to(other.resolve())
+
+
+def disks(results: Path, needs: Needs, store: Store | None = None) -> Iterator[Check]:
+    """Whether there is room where artifacts go and, where that is elsewhere, for the records."""
+    if store is None or _is_inside(store.root, results):
+        yield disk(store.root if store else results, needs)
+        return
+    yield disk(results, Needs())
+    yield disk(store.root, needs, "disk of artifacts")
+
+
+def disk(folder: Path, needs: Needs, name: str = "disk") -> Check:
     """Whether what the sweep will store fits the disk."""
     there = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
     free = shutil.disk_usage(there).free / 1e9
     caches, models = needs.cache_bytes / 1e9, needs.model_bytes / 1e9
-    wanted = max(caches + models, SPARE_GB)
+    training = needs.checkpoint_bytes / 1e9
+    wanted = max(caches + models + training, SPARE_GB)
     found = f"{free:,.3g} GB free in {there}"
-    if needs.cache_bytes or needs.model_bytes:
-        found += f"; the sweep stores caches of {caches:.3g} GB and models of {models:.3g} GB"
+    if caches or models or training:
+        found += (
+            f"; the sweep stores caches of {caches:.3g} GB, models of {models:.3g} GB and training "
+            f"checkpoints of {training:.3g} GB"
+        )
     remedy = (
-        "free some, give another disk with --results, or set resources.largest_cache_gb lower "
-        "(a live teacher needs no cache)"
+        "free some, give another disk with --results or artifacts, or set "
+        "resources.largest_cache_gb lower (a live teacher needs no cache)"
     )
-    return Check("disk", True, found) if free >= wanted else Check("disk", False, found, remedy)
+    return Check(name, True, found) if free >= wanted else Check(name, False, found, remedy)
 
 
 # --- MLflow ----------------------------------------------------------------------------------
@@ -400,10 +423,11 @@ def _within(timeout_s: float, attempt: Callable[[], str | None]) -> str | None:
 # --- Ray -------------------------------------------------------------------------------------
 
 
-def ray_checks(address: str | None, results: Path, needs: Needs) -> Iterator[Check]:
-    """Whether Ray starts here, or is reached at `address`, and can run a trial on its nodes."""
+def ray_checks(address: str | None, folders: Sequence[Path], needs: Needs) -> Iterator[Check]:
+    """Whether Ray starts here, or is reached at `address`, and can run a trial on its nodes, all
+    of which share the `folders`."""
     try:
-        seen = cluster.view(address, results.resolve())
+        seen = cluster.view(address, folders)
     except UnreachableError as error:
         remedy = (
             "look at what `ray status --address HOST:PORT` says; a cluster that asks for a token "
@@ -476,9 +500,13 @@ def _node(node: Node) -> Check:
     if other:
         remedy = "install the same versions everywhere: pip install -c constraints.txt -e ."
         return Check(name, False, "; ".join(other), remedy)
-    if not node.shares_folder:
-        remedy = "mount the same storage at the same path on every node, and name it in --results"
-        return Check(name, False, "does not see the results folder, or cannot write there", remedy)
+    if missing := [folder for folder, is_shared in node.shares.items() if not is_shared]:
+        remedy = (
+            "mount the same storage at the same path on every node, and name it in --results or in "
+            "the profile's artifacts"
+        )
+        found = f"does not see {' and '.join(missing)}, or cannot write there"
+        return Check(name, False, found, remedy)
     if not node.gpus and not node.compiler:
         remedy = (
             "install one there (Debian: apt install g++): DeepSpeed compiles an op without a GPU"
@@ -488,7 +516,7 @@ def _node(node: Node) -> Check:
         found = f"Ray has {node.gpus:g} GPUs there, torch sees {node.visible_gpus}"
         return Check(name, False, found, "install a torch built for the node's driver")
     has = f"{_count(node.cpus, 'CPU')}, {_count(node.gpus, 'GPU')}"
-    return Check(name, True, f"{has}, shares the results folder")
+    return Check(name, True, f"{has}, shares {' and '.join(node.shares)}")
 
 
 # --- for people and programs -----------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_the_documented_commands_run_a_sweep_on_two_nodes(
     )
     said = (tmp_path / "log").read_text()
     assert done.returncode == 0, said
-    assert "2 nodes" in said and "shares the results folder" in said
+    assert "2 nodes" in said and said.count("1 CPU, 0 GPUs, shares ") == 2
     trials = parquet.read_table(tmp_path / "results" / "small" / "micro" / "trials.parquet")
     assert trials.column("status").to_pylist() == ["completed"] * 6
     assert all(trials_run_in(folder) for folder in folders.values()), said

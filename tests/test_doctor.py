@@ -24,7 +24,12 @@ from orchestrator import cluster, doctor
 from orchestrator.cli import app
 from orchestrator.cluster import Node, View
 from orchestrator.doctor import Check, Needs
+from orchestrator.plan import SweepPlan, plan_sweep
+from orchestrator.space import enumerate_trials
+from orchestrator.spec import Sweep, load
 from orchestrator.store import Store
+
+ROOT = Path(__file__).parent.parent
 
 QUICK_S = 10.0
 """MLflow's own client takes 246 s to give up on a dead server."""
@@ -142,13 +147,43 @@ def test_a_disk_too_small_for_the_caches_is_named_with_what_they_need(tmp_path: 
     assert_fails(check, "caches of 1e+09 GB", "largest_cache_gb")
 
 
-def test_a_sweep_needs_its_caches_and_models_until_they_are_stored(tmp_path: Path) -> None:
-    from orchestrator.plan import plan_sweep
-    from orchestrator.space import enumerate_trials
-    from orchestrator.spec import load
+def test_the_disk_that_is_looked_at_is_the_one_where_artifacts_go(tmp_path: Path) -> None:
+    needs, results, elsewhere = Needs(cache_bytes=10**18), tmp_path / "a", tmp_path / "b"
+    for folder in (results, elsewhere):
+        folder.mkdir()
+    (check,) = doctor.disks(results, needs, Store(results / "artifacts"))
+    assert_fails(check, f"in {results}", "largest_cache_gb")
+    records, artifacts = doctor.disks(results, needs, Store(elsewhere))
+    assert records.ok and f"in {results}" in records.found and "caches" not in records.found
+    assert_fails(artifacts, f"in {elsewhere}; the sweep stores caches of 1e+09 GB", "artifacts")
 
-    sweep = load(small_sweep.write(tmp_path))
-    plan = plan_sweep(sweep, enumerate_trials(sweep))
+
+def planned(path: Path, profile: str | None = None) -> tuple[Sweep, SweepPlan]:
+    sweep = load(path, profile)
+    return sweep, plan_sweep(sweep, enumerate_trials(sweep))
+
+
+def test_a_sweep_needs_its_correction_and_its_checkpoints_too() -> None:
+    sweep, plan = planned(ROOT / "sweeps" / "teacher_correction.yaml", "llama31_8b")
+    needs = doctor.needs_of(plan, sweep.resources, ())
+    (correct,) = (node.stage_id for node in plan.nodes() if node.kind == "correct")
+    without = doctor.needs_of(plan, sweep.resources, {correct})
+    teacher = 8_030_261_248
+    assert needs.model_bytes - without.model_bytes == 4 * teacher
+    assert needs.checkpoint_bytes == 2 * 12 * teacher, "with AdamW's moments, and the one before it"
+    assert without.checkpoint_bytes < needs.checkpoint_bytes
+
+
+def test_as_many_checkpoints_are_counted_as_trials_run_at_once(tmp_path: Path) -> None:
+    sweep, plan = planned(small_sweep.write(tmp_path))
+    one, two = (doctor.needs_of(plan, sweep.resources, (), cores=cores) for cores in (1, 2))
+    assert 0 < one.checkpoint_bytes < two.checkpoint_bytes <= 2 * one.checkpoint_bytes
+    limited = sweep.resources.model_copy(update={"max_concurrent": 1})
+    assert doctor.needs_of(plan, limited, (), cores=2) == one
+
+
+def test_a_sweep_needs_its_caches_and_models_until_they_are_stored(tmp_path: Path) -> None:
+    sweep, plan = planned(small_sweep.write(tmp_path))
     whole = doctor.needs_of(plan, sweep.resources, ())
     assert whole.cache_bytes > 0 and whole.model_bytes > 0
     assert whole.cache_bytes == sum(node.disk_bytes for node in plan.nodes())
@@ -156,7 +191,8 @@ def test_a_sweep_needs_its_caches_and_models_until_they_are_stored(tmp_path: Pat
     left = doctor.needs_of(plan, sweep.resources, stored)
     assert left.cache_bytes == 0 and left.model_bytes == whole.model_bytes
     everything = {node.stage_id for node in plan.nodes()}
-    assert doctor.needs_of(plan, sweep.resources, everything).model_bytes == 0
+    nothing = doctor.needs_of(plan, sweep.resources, everything)
+    assert nothing.model_bytes == nothing.checkpoint_bytes == 0
 
 
 # --- MLflow ----------------------------------------------------------------------------------
@@ -252,7 +288,7 @@ def test_a_real_mlflow_server_is_recognised(tmp_path: Path) -> None:
 # --- Ray -------------------------------------------------------------------------------------
 
 OURS = cluster.versions(cluster.SAME_EVERYWHERE)
-NODE = Node("first", 8.0, 0.0, None, {}, compiler=True, shares_folder=True, problem=None)
+NODE = Node("first", 8.0, 0.0, None, {}, compiler=True, shares={}, problem=None)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +322,7 @@ def test_the_dashboard_is_required_for_trials_of_several_workers(workers: int) -
     [
         (replace(NODE, problem="no module named torch"), "torch", "constraints.txt"),
         (replace(NODE, versions={**OURS, "ray": "2.0.0"}), "2.0.0 there", "same versions"),
-        (replace(NODE, versions=OURS, shares_folder=False), "results folder", "same path"),
+        (replace(NODE, versions=OURS, shares={"/a": True, "/b": False}), "see /b,", "same path"),
         (replace(NODE, versions=OURS, compiler=False), "no C++ compiler", "g++"),
         (replace(NODE, versions=OURS, gpus=8.0, visible_gpus=0), "torch sees 0", "driver"),
     ],
@@ -300,7 +336,7 @@ def test_a_node_that_cannot_work_with_the_others_is_told_why(
 
 def test_a_cluster_that_is_not_there_is_told_within_seconds(tmp_path: Path) -> None:
     began = time.monotonic()
-    (check,) = doctor.ray_checks(f"127.0.0.1:{free_port()}", tmp_path, Needs())
+    (check,) = doctor.ray_checks(f"127.0.0.1:{free_port()}", [tmp_path], Needs())
     assert_fails(check, "nothing listens", "ray status")
     assert time.monotonic() - began < QUICK_S
 
@@ -311,7 +347,8 @@ def test_a_cluster_that_is_not_there_is_told_within_seconds(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--profile", "tiny"], "needs a sweep"),
+        (["--profile", "tiny"], "--profile needs a sweep"),
+        (["--set", "artifacts=/tmp"], "--set needs a sweep"),
         (["sweeps/no_such.yaml"], "no_such.yaml"),
         (["--address", "http://127.0.0.1"], "HOST:PORT"),
         (["--address", "nonsense"], "HOST:PORT"),
@@ -331,6 +368,15 @@ def test_a_required_check_that_fails_is_exit_1_and_a_line_with_its_remedy(tmp_pa
     assert not checks["Ray"]["ok"] and checks["Ray"]["required"] and checks["Ray"]["remedy"]
     shown = call("--address", f"127.0.0.1:{free_port()}", "--results", tmp_path).output
     assert "FAILS" in shown and "→" in shown
+
+
+def test_the_folder_that_set_names_is_the_one_that_is_looked_at(tmp_path: Path) -> None:
+    sweep, elsewhere = small_sweep.write(tmp_path), tmp_path / "elsewhere"
+    where = ["--results", tmp_path / "results", "--address", f"127.0.0.1:{free_port()}"]
+    result = call(sweep, "--set", f"artifacts={elsewhere}", *where, "--json")
+    checks = {check["name"]: check["found"] for check in json.loads(result.output)}
+    assert checks["artifacts"] == f"{elsewhere}: can be written"
+    assert f"free in {elsewhere}; the sweep stores" in checks["disk of artifacts"]
 
 
 @pytest.mark.slow

@@ -95,7 +95,8 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "report": {"asked", "selection", "records", "tables", "figures", "page", "throughput"},
     "page": {"asked", "selection", "records", "tables"},
     "cluster": set(),
-    "doctor": {"cluster", "plan", "spec", "store", "tracking"},
+    "footprint": {"demand", "estimate", "plan", "spec", "steps"},
+    "doctor": {"cluster", "footprint", "plan", "spec", "store", "tracking"},
     "verifying": {
         "jobs", "ledger", "plan", "progress", "records", "selection", "space", "store", "tracking",
         "tuning", *SPEC,
@@ -118,6 +119,7 @@ TRAINERS = {
     "plan": {"families", "shapes"},
     "demand": {"config", "mapping", "shapes"},
     "estimate": {"config", "shapes"},
+    "footprint": {"shapes"},
     "steps": {"config", "mapping", "shapes"},
     "execute": {"config", "contract"},
     "throughput": {"config"},
