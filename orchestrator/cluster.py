@@ -178,6 +178,8 @@ class Node:
     compiler: bool
     shares: Mapping[str, bool]
     """Of each folder whether it sees what the driver writes there, and can write there."""
+    hub_cache: str
+    """Where its processes keep models of the Hugging Face hub."""
     problem: str | None
     """Why nothing could be run there."""
 
@@ -257,7 +259,7 @@ def _node(node: Mapping[str, Any], marks: Mapping[str, str]) -> Node:
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_on_node)
     found: dict[str, Any] = {"visible_gpus": None, "versions": {}}
-    found |= {"compiler": False, "shares": dict.fromkeys(marks, False)}
+    found |= {"compiler": False, "shares": dict.fromkeys(marks, False), "hub_cache": ""}
     problem = None
     try:
         found = ray.get(task.remote(marks, gpus > 0), timeout=LOOK_S / 2)
@@ -279,7 +281,15 @@ def _on_node(marks: Mapping[str, str], has_gpus: bool) -> dict[str, Any]:
         "versions": versions(SAME_EVERYWHERE),
         "compiler": shutil.which(os.environ.get("CXX", "c++")) is not None,
         "shares": {folder: _shares_folder_of(Path(mark)) for folder, mark in marks.items()},
+        "hub_cache": str(hub_cache()),
     }
+
+
+def hub_cache() -> Path:
+    """Where this process keeps models of the Hugging Face hub."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _shares_folder_of(mark: Path) -> bool:

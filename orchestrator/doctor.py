@@ -68,6 +68,8 @@ class Needs:
     model_bytes: int = 0
     checkpoint_bytes: int = 0
     """Of the training checkpoints that there are at the same time."""
+    from_hub: bool = False
+    """Whether a model comes from the Hugging Face hub: artifacts are then links into its cache."""
 
 
 def needs_of(
@@ -93,6 +95,10 @@ def needs_of(
         cache_bytes=sum(node.disk_bytes for node in left),
         model_bytes=sum(models.get(node.stage_id, 0) for node in left),
         checkpoint_bytes=sum(largest[:at_once]),
+        from_hub=any(
+            node.kind == "acquire" and node.config["source"]["kind"] == "hub"
+            for node in plan.nodes()
+        ),
     )
 
 
@@ -115,6 +121,10 @@ def examine(
         yield (usable := artifacts(store))
         if usable.ok and not _is_inside(store.root, results):
             folders.append(store.root.resolve())
+    if address is not None and needs.from_hub:
+        yield (usable := shared_folder(cluster.hub_cache(), "Hugging Face cache", "HF_HOME"))
+        if usable.ok:
+            folders.append(cluster.hub_cache())
     yield from disks(results, needs, store)
     yield mlflow_store(tracking.tracking_uri(results))
     if writable.ok:
@@ -239,11 +249,11 @@ def _torch_gpus() -> int:
 # --- results ---------------------------------------------------------------------------------
 
 
-def shared_folder(folder: Path) -> Check:
+def shared_folder(folder: Path, name: str = "results folder", named_by: str = "--results") -> Check:
     """Whether files can be made once, replaced whole and moved in the results folder, as leases
-    and artifacts are."""
-    name, probe = "results folder", folder / f".doctor-{uuid.uuid4().hex}"
-    remedy = "give another folder with --results, or the right to write into this one"
+    and artifacts are, or in another one."""
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
+    remedy = f"give another folder with {named_by}, or the right to write into this one"
     try:
         probe.mkdir(parents=True)
         wrong = _misbehaves(probe)
@@ -441,7 +451,9 @@ def ray_checks(address: str | None, folders: Sequence[Path], needs: Needs) -> It
     yield _dashboard(seen, needs)
     yield _room(seen, needs)
     if address is not None:
-        yield from (_node(node) for node in seen.nodes)
+        together = needs.from_hub and len(seen.nodes) > 1
+        hub_cache = str(cluster.hub_cache()) if together else None
+        yield from (_node(node, hub_cache) for node in seen.nodes)
 
 
 def _nodes(seen: View, address: str | None) -> Check:
@@ -485,8 +497,9 @@ def _fitting(node: Node, needs: Needs) -> int:
     return min(by_cpu, int(node.gpus / needs.gpus)) if needs.gpus else by_cpu
 
 
-def _node(node: Node) -> Check:
-    """Whether a node of a cluster can work with the others."""
+def _node(node: Node, hub_cache: str | None = None) -> Check:
+    """Whether a node of a cluster can work with the others, and reads models of the hub from the
+    same cache, if from any."""
     name = f"node {node.name}"
     ours = cluster.versions(cluster.SAME_EVERYWHERE)
     other = [
@@ -502,10 +515,14 @@ def _node(node: Node) -> Check:
         return Check(name, False, "; ".join(other), remedy)
     if missing := [folder for folder, is_shared in node.shares.items() if not is_shared]:
         remedy = (
-            "mount the same storage at the same path on every node, and name it in --results or in "
-            "the profile's artifacts"
+            "mount the same storage at the same path on every node, and name it in --results, in "
+            "the profile's artifacts or in HF_HOME"
         )
-        found = f"does not see {' and '.join(missing)}, or cannot write there"
+        found = f"does not see {', '.join(missing)}, or cannot write there"
+        return Check(name, False, found, remedy)
+    if hub_cache not in (None, node.hub_cache):
+        found = f"its models of the hub are in {node.hub_cache}, those here in {hub_cache}"
+        remedy = "set HF_HOME alike on all nodes and here, to a folder on the storage that all see"
         return Check(name, False, found, remedy)
     if not node.gpus and not node.compiler:
         remedy = (
@@ -516,7 +533,7 @@ def _node(node: Node) -> Check:
         found = f"Ray has {node.gpus:g} GPUs there, torch sees {node.visible_gpus}"
         return Check(name, False, found, "install a torch built for the node's driver")
     has = f"{_count(node.cpus, 'CPU')}, {_count(node.gpus, 'GPU')}"
-    return Check(name, True, f"{has}, shares {' and '.join(node.shares)}")
+    return Check(name, True, f"{has}, shares {', '.join(node.shares)}")
 
 
 # --- for people and programs -----------------------------------------------------------------

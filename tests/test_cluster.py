@@ -59,6 +59,15 @@ def test_an_address_has_a_host_and_a_port(address: str, parts: tuple[str, int]) 
     assert cluster.host_and_port(address) == parts
 
 
+def test_a_node_shares_the_folders_in_which_it_sees_what_the_driver_wrote(tmp_path: Path) -> None:
+    (tmp_path / "mark").touch()
+    marks = {"shared": str(tmp_path / "mark"), "its own": str(tmp_path / "elsewhere" / "mark")}
+    found = cluster._on_node(marks, has_gpus=False)
+    assert found["shares"] == {"shared": True, "its own": False}
+    assert found["hub_cache"] == str(cluster.hub_cache())
+    assert [file.name for file in tmp_path.iterdir()] == ["mark"]
+
+
 # --- a Ray of this machine alone -------------------------------------------------------------
 
 LOCAL = """

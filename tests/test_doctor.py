@@ -172,6 +172,7 @@ def test_a_sweep_needs_its_correction_and_its_checkpoints_too() -> None:
     assert needs.model_bytes - without.model_bytes == 4 * teacher
     assert needs.checkpoint_bytes == 2 * 12 * teacher, "with AdamW's moments, and the one before it"
     assert without.checkpoint_bytes < needs.checkpoint_bytes
+    assert needs.from_hub
 
 
 def test_as_many_checkpoints_are_counted_as_trials_run_at_once(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_as_many_checkpoints_are_counted_as_trials_run_at_once(tmp_path: Path) -
 def test_a_sweep_needs_its_caches_and_models_until_they_are_stored(tmp_path: Path) -> None:
     sweep, plan = planned(small_sweep.write(tmp_path))
     whole = doctor.needs_of(plan, sweep.resources, ())
-    assert whole.cache_bytes > 0 and whole.model_bytes > 0
+    assert whole.cache_bytes > 0 and whole.model_bytes > 0 and not whole.from_hub
     assert whole.cache_bytes == sum(node.disk_bytes for node in plan.nodes())
     stored = {node.stage_id for node in plan.nodes() if node.kind == "cache"}
     left = doctor.needs_of(plan, sweep.resources, stored)
@@ -288,7 +289,7 @@ def test_a_real_mlflow_server_is_recognised(tmp_path: Path) -> None:
 # --- Ray -------------------------------------------------------------------------------------
 
 OURS = cluster.versions(cluster.SAME_EVERYWHERE)
-NODE = Node("first", 8.0, 0.0, None, {}, compiler=True, shares={}, problem=None)
+NODE = Node("first", 8.0, 0.0, None, {}, compiler=True, shares={}, hub_cache="/hub", problem=None)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +333,26 @@ def test_a_node_that_cannot_work_with_the_others_is_told_why(
 ) -> None:
     assert doctor._node(replace(NODE, versions=OURS)).ok
     assert_fails(doctor._node(node), found, remedy)
+
+
+def test_nodes_read_models_of_the_hub_from_one_cache() -> None:
+    node = replace(NODE, versions=OURS)
+    assert doctor._node(node, hub_cache="/hub").ok
+    assert_fails(doctor._node(node, hub_cache="/shared/hub"), "are in /hub", "HF_HOME")
+
+
+def test_the_cache_of_the_hub_is_looked_at_where_the_store_has_links_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    address = f"127.0.0.1:{free_port()}"
+    for from_hub in (True, False):
+        checks = doctor.examine(tmp_path / "results", Needs(from_hub=from_hub), address)
+        found = {check.name: check.found for check in checks}
+        assert ("Hugging Face cache" in found) == from_hub
+        assert not from_hub or str(tmp_path / "hub") in found["Hugging Face cache"]
 
 
 def test_a_cluster_that_is_not_there_is_told_within_seconds(tmp_path: Path) -> None:
