@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from trainers import checkpoints, corpus, engine
-from trainers.config import EngineSettings, Training
-from trainers.contract import Interrupted, Runtime, Silent, StageError
+from trainers import checkpoints, corpus, correct, distill, engine, pretrain
+from trainers.config import (
+    CorrectConfig,
+    DistillConfig,
+    EngineSettings,
+    GeneratedCorpus,
+    LlamaShape,
+    PretrainConfig,
+    Training,
+)
+from trainers.contract import Interrupted, Runtime, Silent, StageContext, StageError
 from trainers.pretrain import LanguageModelling
 
 WORDS, LENGTH = 13, 6
@@ -282,13 +293,19 @@ def test_a_killed_run_repeats_only_the_step_after_its_last_checkpoint(tmp_path: 
     assert heard.done == [5, 6, 7, 8, 9, 10, 11, 12]
 
 
-def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_removed_and_not_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Bigram(), settings_of(), tmp_path / "out", StopAt(4, Interrupted()))
     # A kill during a save leaves a folder that `whole` does not name yet.
     torn = tmp_path / "out" / "checkpoints" / "step5"
     torn.mkdir()
     (torn / "mp_rank_00_model_states.pt").write_bytes(b"half of")
+    heard = StopAt(5, RuntimeError("killed"))
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Bigram(), settings_of(), tmp_path / "out", heard)
+    assert heard.done == [5]
+    kept = [path.name for path in (tmp_path / "out" / "checkpoints").glob("step*")]
+    assert kept == ["step4"], "no save succeeded since, and the disk may be full"
     objective = Bigram()
     trained = train(objective, settings_of(), tmp_path / "out")
     assert_undisturbed(
@@ -339,7 +356,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_run_starts_anew(
     assert_undisturbed(found, tmp_path / "out", settings_of(), undisturbed)
 
 
-def test_one_checkpoint_is_kept_while_running_and_none_at_the_end(tmp_path: Path) -> None:
+def test_one_checkpoint_is_kept_until_it_is_forgotten(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     class Watch:
@@ -348,7 +365,50 @@ def test_one_checkpoint_is_kept_while_running_and_none_at_the_end(tmp_path: Path
 
     train(Bigram(), settings_of(steps=5), tmp_path, Watch(), ALWAYS)
     assert seen == [[], ["step1"], ["step2"], ["step3"], ["step4"]]
+    assert (tmp_path / "checkpoints" / "whole").read_text() == "step4"
+    engine.forget(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+CORPUS = GeneratedCorpus(block_length=12, training_blocks=21)
+SHAPE = LlamaShape(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+STAGES: dict[ModuleType, BaseModel] = {
+    pretrain: PretrainConfig(shape=SHAPE, corpus=CORPUS, training=settings_of()),
+    correct: CorrectConfig(corpus=CORPUS, training=settings_of()),
+    distill: DistillConfig(corpus=CORPUS, training=settings_of()),
+}
+"""Every stage that trains."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_whose_model_cannot_be_saved_repeats_one_interval_at_most(
+    tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch, stage: ModuleType
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(out: Path) -> list[int]:
+        out.mkdir(exist_ok=True)
+        heard, runtime = StopAt(-1, Interrupted()), Runtime(checkpoint_every_s=ALWAYS)
+        stage.run(StageContext(STAGES[stage], inputs, out, 3, heard, runtime))
+        return heard.done
+
+    inputs = {"model": artifact, "teacher": artifact}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(stage, "save_model", full)
+        run(tmp_path / "out")
+    assert run(tmp_path / "out") == [settings_of().steps], "all but the last step was saved"
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    run(tmp_path / "undisturbed")
+    weights = "model/model.safetensors"
+    found, expected = (tmp_path / name / weights for name in ("out", "undisturbed"))
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_bf16_goes_on_exactly_too(tmp_path: Path) -> None:

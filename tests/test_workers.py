@@ -205,6 +205,7 @@ def job_killed(out: Path) -> None:
     train(objective, out, training, Slow(out / "told"), checkpoint_every_s=0)
     if workers.is_first():
         objective.model.save_pretrained(out / "model")
+        engine.forget(out)
 
 
 # --- starting them -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def run(context: StageContext[CorrectConfig]) -> StageResult:
     )
     if workers.is_first():
         save_model(model, load_tokenizer(folder), context.out / "model")
+        engine.forget(context.out)
     shape = shape_of(read_config(folder))
     flops = shape.training_flops(trained.tokens, config.corpus.block_length)
     return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)

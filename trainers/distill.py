@@ -205,6 +205,7 @@ def run(context: StageContext[DistillConfig]) -> StageResult:
     )
     if workers.is_first():
         save_model(student, load_tokenizer(folder), context.out / "model")
+        engine.forget(context.out)
     flops = _flops(context, trained)
     return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
 

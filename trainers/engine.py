@@ -59,6 +59,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 deepspeed_logger.setLevel(logging.ERROR)
 
 CURVE = "curve.jsonl"
+CHECKPOINTS = "checkpoints"
 COMPILED_SHAPES = 64
 """Of layers, with or without gradients, that a process keeps compiled."""
 CURVE_POINTS = 100
@@ -122,7 +123,8 @@ def train(
     runtime: Runtime,
     measure: Measure | None = None,
 ) -> Trained:
-    """Train the objective's parameters in place; goes on from `out/checkpoints` where there is one.
+    """Train the objective's parameters in place; goes on from `out/checkpoints` where there is one,
+    and leaves the last one there: `forget` it once the weights are saved.
 
     Writes `out/curve.jsonl` (loss in nats a token, learning rate, parts of the loss). Afterwards
     the parameters are whole on the first worker; under ZeRO-3 the others hold shards of no use.
@@ -139,6 +141,11 @@ def train(
     if whole is not None:
         _put_back(objective, whole)
     return trained
+
+
+def forget(out: Path) -> None:
+    """Drop the checkpoints of a training whose weights are saved; for the first worker to call."""
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _train_to_the_end(
@@ -187,7 +194,7 @@ class _Run:
         self, objective: nn.Module, blocks_NL: Tensor, training: Training, seed: int, out: Path
     ) -> None:
         self._blocks, self._training, self._seed = blocks_NL, training, seed
-        self._objective, self._checkpoints = objective, out / "checkpoints"
+        self._objective, self._checkpoints = objective, out / CHECKPOINTS
         self._whole = self._checkpoints / "whole"
         _join_process_group()
         self._rank, self._workers = workers.rank_and_processes()
@@ -199,7 +206,10 @@ class _Run:
         since: dict[str, list[float]] = {}
         self.tokens_per_step = training.batch_size * blocks_NL.shape[1]
         try:
-            if (tag := self._sound_checkpoint()) is not None:
+            tag = self._sound_checkpoint()
+            if self._rank == 0:
+                self._drop_all_but(tag)  # what failing saves left would pile up on a full disk
+            if tag is not None:
                 self.step, since = self._load(tag)
         except BaseException:
             self.free()
@@ -315,15 +325,17 @@ class _Run:
         beside = self._whole.with_suffix(".part")
         beside.write_text(tag)
         beside.replace(self._whole)
+        self._drop_all_but(tag)
+
+    def _drop_all_but(self, tag: str | None) -> None:
         for old in self._checkpoints.glob("step*"):
             if old.name != tag:
                 shutil.rmtree(old)
 
     def finish(self) -> Trained:
-        """Close the curve and drop the checkpoints: the stage is done."""
+        """Close the curve: all steps are done."""
         if self._rank == 0:
             self._curve.flush()
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
         on_gpu = self._device.type == "cuda"
         gpu_s = time.monotonic() - self._started_at if on_gpu else 0.0
         tokens = self.step * self.tokens_per_step

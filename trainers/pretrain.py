@@ -79,6 +79,7 @@ def run(context: StageContext[PretrainConfig]) -> StageResult:
     )
     if workers.is_first():
         save_model(model.to(torch.float32), tokenizer, folder)
+        engine.forget(context.out)
     flops = shape_of(settings).training_flops(trained.tokens, config.corpus.block_length)
     return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
 
