@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 
 from trainers import corpus, language, tokenized
+from trainers.checkpoints import load_tokenizer
 from trainers.config import GeneratedCorpus, HubCorpus, TextCorpus
 from trainers.contract import StageError
 
@@ -134,9 +136,31 @@ def test_a_hub_data_set_is_tokenized_once_and_then_mapped_from_disk(
     assert isinstance(first, np.memmap)
     (file,) = (tmp_path / "cache" / "orchestrate-tokens").glob("*.int32")
     written = file.stat().st_mtime_ns
-    monkeypatch.setattr(tokenized, "load_tokenizer", None)  # would fail if it were called
+    monkeypatch.setattr(tokenized, "_write", None)  # would fail if it were called
     again = tokenized.tokens(hub, artifact / "model", False)
     assert np.array_equal(first, again) and file.stat().st_mtime_ns == written
+
+
+def test_a_hub_data_set_is_tokenized_anew_for_another_tokenizer_and_not_for_another_save_of_one(
+    hub: HubCorpus, artifact: Path, tmp_path: Path
+) -> None:
+    def files() -> int:
+        return len(list((tmp_path / "cache" / "orchestrate-tokens").glob("*.int32")))
+
+    first = tokenized.tokens(hub, artifact / "model", False)
+    tokenizer = load_tokenizer(artifact / "model")
+    tokenizer(["dog"], padding=True, truncation=True, max_length=1)  # and whoever calls it last
+    tokenizer.save_pretrained(tmp_path / "again")
+    saved = [
+        folder / "tokenizer_config.json" for folder in (artifact / "model", tmp_path / "again")
+    ]
+    assert saved[0].read_bytes() != saved[1].read_bytes()
+    assert np.array_equal(tokenized.tokens(hub, tmp_path / "again", False), first)
+    assert files() == 1
+    tokenizer.backend_tokenizer.normalizer = Replace("dog", "cat")
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert not np.array_equal(tokenized.tokens(hub, tmp_path / "other", False), first)
+    assert files() == 2
 
 
 def test_a_reader_that_writes_into_its_blocks_spoils_no_other(

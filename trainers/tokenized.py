@@ -2,7 +2,7 @@
 
 A corpus of 94 billion tokens fits no memory, and eight workers of a machine would tokenize it eight
 times. The file stands beside the data set's own cache (`HF_DATASETS_CACHE`, `HF_HOME`), under a
-name made of the data set's fingerprint and the tokenizer's content.
+name made of the data set's fingerprint and of what the tokenizer does to text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def tokens(corpus: HubCorpus, tokenizer_folder: Path, heldout: bool) -> np.ndarr
 
     split = corpus.heldout_split if heldout else corpus.train_split
     data = datasets.load_dataset(corpus.dataset, corpus.name, split=split, revision=corpus.revision)
-    name = hash_of([data._fingerprint, corpus.text_field, _content(tokenizer_folder)])
+    name = hash_of([data._fingerprint, corpus.text_field, content(tokenizer_folder)])
     path = Path(datasets.config.HF_DATASETS_CACHE) / "orchestrate-tokens" / f"{name}.int32"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +58,20 @@ def _write(texts: Iterator[list[str]], tokenizer_folder: Path, path: Path) -> No
     part.replace(path)
 
 
-def _content(tokenizer_folder: Path) -> str:
-    """A hash of the tokenizer's files."""
+@lru_cache(maxsize=64)
+def content(tokenizer_folder: Path) -> str:
+    """A hash of what decides which tokens a text becomes.
+
+    Of the tokenizer as it is loaded: each save may write its files in another way, and which of
+    their settings are obeyed is for the tokenizer's class to say. Of one that is Python code and
+    cannot be written down, a hash of its files.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()  # whoever calls the tokenizer decides on these two
+        backend.no_padding()
+        return hash_of([backend.to_str(), backend.encode_special_tokens])
     found = hashlib.sha256()
     for file in sorted(tokenizer_folder.glob("*token*")):
         found.update(file.name.encode() + b"\0" + file.read_bytes())
