@@ -121,6 +121,24 @@ def test_only_a_generated_corpus_has_a_vocabulary_for_a_model_from_scratch(
         corpus.tokenizer_for(texts)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_text_becomes_blocks_once_for_all_copies_of_a_tokenizer(
+    texts: TextCorpus, artifact: Path, tmp_path: Path, split: corpus.Split
+) -> None:
+    tokenizer = load_tokenizer(artifact / "model")
+    tokenizer.save_pretrained(tmp_path / "copy")
+    tokenizer.backend_tokenizer.normalizer = Replace("e", "x")  # no word any more
+    tokenizer.save_pretrained(tmp_path / "other")
+    first = corpus.blocks(texts, artifact / "model", split)
+    assert corpus.blocks(texts, tmp_path / "copy", split) is first
+    assert not torch.equal(corpus.blocks(texts, tmp_path / "other", split), first)
+
+
+def test_generated_blocks_are_made_once_for_all_models(artifact: Path, tmp_path: Path) -> None:
+    first = corpus.blocks(GENERATED, artifact / "model", "training")
+    assert corpus.blocks(GENERATED, tmp_path / "no tokenizer", "training") is first
+
+
 def test_a_hub_data_set_gives_the_blocks_of_its_lines(
     texts: TextCorpus, hub: HubCorpus, artifact: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -36,14 +37,29 @@ def blocks(corpus: Corpus, tokenizer_folder: Path, split: Split) -> Tensor:
     The splits are disjoint: calibration blocks come before the training blocks of the same text,
     held-out blocks from another text. Raises `StageError` where the text is too short.
     """
-    found = _blocks(corpus, str(tokenizer_folder), split)
+    found = _blocks(corpus, _tokenizer_of(corpus, tokenizer_folder), split)
     if len(found) == 0:
         raise StageError(f"the corpus has no {split} block of {corpus.block_length} tokens")
     return found
 
 
+@dataclass(frozen=True)
+class _Tokenizer:
+    """Known by what it does to text: every student has a copy in a folder of its own."""
+
+    content: str
+    folder: Path = field(compare=False)
+
+
+def _tokenizer_of(corpus: Corpus, folder: Path) -> _Tokenizer | None:
+    """What the corpus' blocks depend on besides itself; nothing where it is made of tokens."""
+    if isinstance(corpus, GeneratedCorpus):
+        return None
+    return _Tokenizer(tokenized.content(folder), folder)
+
+
 @lru_cache(maxsize=8)
-def _blocks(corpus: Corpus, tokenizer_folder: str, split: Split) -> Tensor:
+def _blocks(corpus: Corpus, tokenizer: _Tokenizer | None, split: Split) -> Tensor:
     if isinstance(corpus, GeneratedCorpus):
         count = {
             "calibration": corpus.calibration_blocks,
@@ -52,7 +68,8 @@ def _blocks(corpus: Corpus, tokenizer_folder: str, split: Split) -> Tensor:
         }[split]
         tokens = language.tokens(corpus.language_seed, split, count * corpus.block_length)
         return _pack(tokens, corpus.block_length)
-    packed = _pack(_tokenize(corpus, tokenizer_folder, split == "heldout"), corpus.block_length)
+    assert tokenizer is not None
+    packed = _pack(_tokenize(corpus, tokenizer, split == "heldout"), corpus.block_length)
     if split == "heldout":
         return packed[: corpus.heldout_blocks].long()
     if split == "calibration":
@@ -66,10 +83,10 @@ def _pack(tokens: np.ndarray, block_length: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _tokenize(corpus: TextCorpus | HubCorpus, tokenizer_folder: str, heldout: bool) -> np.ndarray:
+def _tokenize(corpus: TextCorpus | HubCorpus, known: _Tokenizer, heldout: bool) -> np.ndarray:
     if isinstance(corpus, HubCorpus):
-        return tokenized.tokens(corpus, Path(tokenizer_folder), heldout)
-    tokenizer = load_tokenizer(Path(tokenizer_folder))
+        return tokenized.tokens(corpus, known.folder, heldout)
+    tokenizer = load_tokenizer(known.folder)
     path = corpus.heldout if heldout else corpus.train
     # One call on the whole text would warn of its length and hold it all; lines are independent
     # enough, and joined with their newlines they give the text back.
