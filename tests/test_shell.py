@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,20 @@ def described(artifact: Path, **changes: Any) -> dict[str, Any]:
 
 
 def call(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Any, run: Any = prune.run
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    config: Any,
+    run: Any = prune.run,
+    out: str = "out",
+    options: Sequence[str] = (),
 ) -> Path:
     """`main` on a command line of its own; gives the folder written into."""
-    file, out = tmp_path / "config.yaml", tmp_path / "out"
+    file, folder = tmp_path / "config.yaml", tmp_path / out
     file.write_text(config if isinstance(config, str) else json.dumps(config))
-    line = ["prune", "--config", str(file), "--out", str(out), "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", line)
+    line = ["prune", "--config", str(file), "--out", str(folder), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*line, *options])
     shell.main(PruneConfig, run)
-    return out
+    return folder
 
 
 @pytest.mark.slow
@@ -103,6 +110,61 @@ def test_a_bad_file_is_one_clear_message_and_status_2(
     assert str(tmp_path / "config.yaml") in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def cut_of(*drop: int, layers: int = 4) -> dict[str, Any]:
+    choice = {"kind": "layers", "drop": drop}
+    return {"config": {"depth": {"num_hidden_layers": layers - len(drop), "choice": choice}}}
+
+
+@pytest.mark.parametrize("what", ["config.depth", "seed", "inputs.model"])
+def test_work_in_a_folder_is_not_gone_on_with_under_other_settings(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    artifact: Path,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    shutil.copytree(artifact, tmp_path / "other")
+    changes: dict[str, dict[str, Any]] = {
+        "config.depth": cut_of(2),
+        "seed": {"seed": 3},
+        "inputs.model": {"inputs": {"model": str(tmp_path / "other")}},
+    }
+    out = call(monkeypatch, tmp_path, described(artifact))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, tmp_path, described(artifact, **changes[what]))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{out} holds work with another {what}: name another --out, or remove it" in said
+    assert json.loads((out / "dropped_layers.json").read_text()) == [1]
+    call(monkeypatch, tmp_path, described(artifact))  # the same again is welcome
+
+
+def test_an_input_that_was_made_anew_in_another_way_is_another_input(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    artifact: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = call(monkeypatch, tmp_path, described(artifact), out="first")
+    call(monkeypatch, tmp_path, described(first, **cut_of(0, layers=3)))
+    shutil.rmtree(first)
+    call(monkeypatch, tmp_path, described(artifact, **cut_of(2)), out="first")
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, tmp_path, described(first, **cut_of(0, layers=3)))
+    assert stopped.value.code == 2
+    assert "another inputs.model" in capsys.readouterr().err
+
+
+def test_a_folder_where_nothing_was_done_yet_takes_corrected_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, artifact: Path
+) -> None:
+    with pytest.raises(SystemExit) as failed:
+        call(monkeypatch, tmp_path, described(artifact, **cut_of(9)))
+    assert failed.value.code == 1
+    out = call(monkeypatch, tmp_path, described(artifact))
+    assert json.loads((out / "dropped_layers.json").read_text()) == [1]
 
 
 @pytest.mark.parametrize("seed", [{}, {"seed": None}])

@@ -7,6 +7,9 @@ Stages that train or score run on several workers, too, which share the work and
 
     deepspeed --num_gpus 8 --module trainers.distill --config FILE --out DIR
     torchrun --nproc_per_node 8 -m trainers.distill --config FILE --out DIR
+
+The same command goes on with what is half done in its folder; another config, input or seed needs
+another folder.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -29,10 +32,22 @@ from trainers.config import (
     EvaluateConfig,
     ImportanceConfig,
     PretrainConfig,
+    content_digest,
+    identity,
 )
-from trainers.contract import Runtime, Silent, StageContext, StageError, StageResult
+from trainers.contract import (
+    Runtime,
+    Silent,
+    StageContext,
+    StageError,
+    StageResult,
+    read_rows,
+    write_rows,
+)
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+ASKED = "asked.json"
+"""Says what the work in a folder was asked to be."""
 ON_SEVERAL_WORKERS: frozenset[type[BaseModel]] = frozenset(
     {PretrainConfig, CorrectConfig, DistillConfig, EvaluateConfig, ImportanceConfig}
 )
@@ -60,10 +75,12 @@ def main(config_type: type[ConfigT], run: Callable[[StageContext[ConfigT]], Stag
     try:
         context = _context(config_type, arguments.config, arguments.out, arguments.threads)
         _check_workers(config_type, processes)
+        asked = _asked(context)
+        _check_folder(context.out, asked)
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(_usage_error(f"{arguments.config}: {error}" if rank == 0 else ""))
     with workers.joined():
-        outcome = _run(run, context if rank == 0 else replace(context, reporter=Silent()))
+        outcome = _run(run, context if rank == 0 else replace(context, reporter=Silent()), asked)
     if rank == 0:
         (arguments.out / "result.json").write_text(json.dumps(outcome))
         print(json.dumps(outcome))
@@ -100,8 +117,38 @@ def _check_workers(config_type: type[BaseModel], processes: int) -> None:
         )
 
 
+def _asked(context: StageContext[Any]) -> dict[str, Any]:
+    """All that decides what the stage computes, by the names that the config file has for it."""
+    return {
+        "stage": type(context.config).__name__.removesuffix("Config").lower(),
+        **{f"config.{name}": value for name, value in identity(context.config).items()},
+        **{f"inputs.{role}": _known(folder) for role, folder in context.inputs.items()},
+        "seed": context.seed,
+    }
+
+
+def _known(artifact: Path) -> str:
+    """An input by what it was asked to be, where a shell made it, else by its place."""
+    asked = artifact / ASKED
+    return content_digest(asked) if asked.exists() else str(artifact.resolve())
+
+
+def _check_folder(out: Path, asked: Mapping[str, Any]) -> None:
+    """A stage goes on with what it finds half done: let that be its own."""
+    if not (out / ASKED).exists() or len(list(out.iterdir())) == 1:
+        return
+    (found,) = read_rows(out / ASKED)
+    names = sorted(name for name in {*asked, *found} if asked.get(name) != found.get(name))
+    if names:
+        raise ValueError(
+            f"{out} holds work with another {', '.join(names)}: name another --out, or remove it"
+        )
+
+
 def _run(
-    run: Callable[[StageContext[ConfigT]], StageResult], context: StageContext[ConfigT]
+    run: Callable[[StageContext[ConfigT]], StageResult],
+    context: StageContext[ConfigT],
+    asked: Mapping[str, Any],
 ) -> dict[str, object]:
     """The stage's result as it is printed. Exit 1 where the stage says why it has none."""
     from trainers import workers
@@ -109,6 +156,7 @@ def _run(
     rank, _processes = workers.rank_and_processes()
     if rank == 0:
         context.out.mkdir(parents=True, exist_ok=True)
+        write_rows(context.out / ASKED, [asked])
     workers.wait_for_all()
     try:
         result = run(context)
