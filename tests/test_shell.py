@@ -78,6 +78,26 @@ def test_what_the_file_says_reaches_the_stage(
 
 
 @pytest.mark.parametrize(
+    ("options", "seconds"), [([], 30.0), (["--checkpoint-every", "600"], 600.0)]
+)
+def test_how_often_a_checkpoint_is_saved_can_be_said(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    artifact: Path,
+    options: list[str],
+    seconds: float,
+) -> None:
+    seen: list[StageContext[PruneConfig]] = []
+
+    def run(context: StageContext[PruneConfig]) -> StageResult:
+        seen.append(context)
+        return StageResult()
+
+    call(monkeypatch, tmp_path, described(artifact), run, options=options)
+    assert [context.runtime.checkpoint_every_s for context in seen] == [seconds]
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"config": {"depth": {"num_hidden_layer": 3}}}, "did you mean 'num_hidden_layers'"),

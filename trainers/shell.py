@@ -73,7 +73,8 @@ def main(config_type: type[ConfigT], run: Callable[[StageContext[ConfigT]], Stag
     arguments = _arguments(run.__doc__)
     rank, processes = workers.launched()
     try:
-        context = _context(config_type, arguments.config, arguments.out, arguments.threads)
+        runtime = Runtime(arguments.threads, arguments.checkpoint_every)
+        context = _context(config_type, arguments.config, arguments.out, runtime)
         _check_workers(config_type, processes)
         asked = _asked(context)
         _check_folder(context.out, asked)
@@ -93,6 +94,13 @@ def _arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="YAML or JSON: config, inputs")
     parser.add_argument("--out", type=Path, required=True, help="folder that the stage writes into")
     parser.add_argument("--threads", type=int, default=_threads(torch.get_num_threads()))
+    parser.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=Runtime.checkpoint_every_s,
+        metavar="SECONDS",
+        help="at least so long between two checkpoints (default: %(default)s)",
+    )
     # The launchers of torch and DeepSpeed hand this to every process that they start.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -173,7 +181,7 @@ def _usage_error(message: str) -> int:
 
 
 def _context(
-    config_type: type[ConfigT], path: Path, out: Path, threads: int
+    config_type: type[ConfigT], path: Path, out: Path, runtime: Runtime
 ) -> StageContext[ConfigT]:
     described = yaml.safe_load(path.read_text())
     if not isinstance(described, dict) or not {"config"} <= set(described) <= {
@@ -196,4 +204,4 @@ def _context(
     for role, folder in inputs.items():
         if not any((folder / part).exists() for part in ("model", "scores.jsonl", "cache.json")):
             raise ValueError(f"inputs.{role}: {folder} is no artifact of a stage")
-    return StageContext(config, inputs, out, seed, _Lines(), Runtime(threads=threads))
+    return StageContext(config, inputs, out, seed, _Lines(), runtime)
