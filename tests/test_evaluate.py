@@ -125,6 +125,24 @@ def test_without_a_teacher_there_is_no_kd_loss_and_without_tasks_no_accuracy(
     assert not (context.out / "items.jsonl").exists()
 
 
+def test_the_teachers_flops_count_whether_it_is_run_or_remembered(
+    artifact: Path, teacher: Path, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flops(out: str, **inputs: Path) -> float:
+        context = make_context(EvaluateConfig(corpus=CORPUS), out=out, model=artifact, **inputs)
+        return evaluate.run(context).flops
+
+    alone, first, remembered = (
+        flops("a"),
+        flops("b", teacher=teacher),
+        flops("c", teacher=teacher),
+    )
+    monkeypatch.setattr(evaluate, "REMEMBERED_BYTES", 0)
+    shape = shape_of(checkpoints.read_config(teacher / "model"))
+    of_teacher = shape.forward_flops(19 * 20, 20)
+    assert first == remembered == flops("d", teacher=teacher) == alone + of_teacher
+
+
 def test_the_questions_answered_give_the_accuracies(
     artifact: Path, make_context: MakeContext
 ) -> None:

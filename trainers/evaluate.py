@@ -167,9 +167,15 @@ def run(context: StageContext[EvaluateConfig]) -> StageResult:
     metrics = found.metrics()
     if config.tasks:
         metrics |= _accuracies(context, model, folder, lambda _: tick(len(blocks)))
-    shape = shape_of(read_config(folder))
-    tokens = blocks.numel()
-    return StageResult(metrics, tokens, shape.forward_flops(tokens, blocks.shape[1]))
+    return StageResult(metrics, blocks.numel(), _flops(context, blocks))
+
+
+def _flops(context: StageContext[EvaluateConfig], blocks_NL: Tensor) -> float:
+    """FLOPs of the held-out text, in the teacher too: also where it is remembered, lest a record
+    depend on what its worker did before."""
+    roles = [role for role in ("model", "teacher") if role in context.inputs]
+    shapes = [shape_of(read_config(context.model(role))) for role in roles]
+    return sum(each.forward_flops(blocks_NL.numel(), blocks_NL.shape[1]) for each in shapes)
 
 
 def _teacher(context: StageContext[EvaluateConfig]) -> Teacher | None:
