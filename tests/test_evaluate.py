@@ -68,6 +68,13 @@ def test_the_lm_loss_does_not_depend_on_the_batches(
     assert evaluate.lm_loss(model, blocks) == pytest.approx(whole, abs=1e-5)
 
 
+def test_the_lm_loss_alone_is_to_the_bit_the_one_measured_with_all_else(
+    model: PreTrainedModel, teacher: Path, blocks: Tensor
+) -> None:
+    taught = LiveTeacher(checkpoints.load_model(teacher / "model"))
+    assert evaluate.lm_loss(model, blocks) == evaluate.held_out(model, blocks, taught).lm_loss
+
+
 def test_the_kd_loss_is_the_mean_kl_from_the_teacher(
     model: PreTrainedModel, teacher: Path, blocks: Tensor
 ) -> None:

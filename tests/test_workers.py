@@ -22,10 +22,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from trainers import checkpoints, engine, workers
-from trainers.config import DistillLoss, EngineSettings, HiddenLoss, Training
-from trainers.contract import Interrupted, Runtime, Silent, StageError, read_rows
-from trainers.distill import Distillation
+from trainers import checkpoints, engine, language, workers
+from trainers.config import (
+    DistillConfig,
+    DistillLoss,
+    EngineSettings,
+    GeneratedCorpus,
+    HiddenLoss,
+    Training,
+)
+from trainers.contract import Interrupted, Runtime, Silent, StageContext, StageError, read_rows
+from trainers.distill import Distillation, _measure
 from trainers.hidden import HiddenDistance
 from trainers.mapping import teacher_states
 from trainers.teacher import LiveTeacher
@@ -208,6 +215,24 @@ def job_killed(out: Path) -> None:
         engine.forget(out)
 
 
+def held_out_on_the_way(out: Path) -> tuple[float, int]:
+    """The held-out loss, and how many of its 19 blocks this worker reads."""
+    student = checkpoints.new_model(SHAPE | TIED | {"vocab_size": len(language.WORDS)}, seed=2)
+    text = GeneratedCorpus(block_length=LENGTH, heldout_blocks=19)
+    config = DistillConfig(corpus=text, training=settings_of(), heldout_every=2)
+    measured = _measure(StageContext(config, {"model": out}, out), student)
+    assert measured is not None
+    read: list[int] = []
+    student.base_model.register_forward_pre_hook(
+        lambda _, __, named: read.append(len(named["input_ids"])), with_kwargs=True
+    )
+    return measured.measure()["heldout_loss"], sum(read)
+
+
+def job_measured(out: Path) -> None:
+    note(out, json.dumps(held_out_on_the_way(out)))
+
+
 # --- starting them -----------------------------------------------------------------------------
 
 
@@ -308,6 +333,15 @@ def test_what_is_offloaded_is_trained_the_same(settings: Path, alone: Path, wher
 @pytest.mark.parametrize("where", ["recomputed", "recomputed3"])
 def test_recomputed_activations_train_the_same(settings: Path, alone: Path, where: str) -> None:
     assert_same(settings / where, alone / "untied")
+
+
+def test_workers_share_the_held_out_text_that_is_measured_on_the_way(tmp_path: Path) -> None:
+    expected, blocks = held_out_on_the_way(tmp_path)
+    assert blocks == 19
+    out = run_workers("measured", tmp_path / "two")
+    found = [json.loads((out / f"worker{worker}.txt").read_text()) for worker in range(2)]
+    assert [loss for loss, _ in found] == pytest.approx([expected] * 2, abs=1e-6)
+    assert [blocks for _, blocks in found] == [8 + 3, 8]
 
 
 # --- stopping, together ------------------------------------------------------------------------

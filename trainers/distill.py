@@ -217,9 +217,12 @@ def _measure(
     if config.heldout_every is None:
         return None
     heldout_NL = corpus.blocks(config.corpus, context.model("model"), "heldout")
-    return engine.Measure(
-        config.heldout_every, lambda: {"heldout_loss": lm_loss(student, heldout_NL)}
-    )
+
+    def measure() -> dict[str, float]:
+        share = workers.rank_and_processes()
+        return {"heldout_loss": lm_loss(student, heldout_NL, share=share)}
+
+    return engine.Measure(config.heldout_every, measure)
 
 
 def _check(context: StageContext[DistillConfig]) -> None:

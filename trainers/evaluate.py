@@ -59,10 +59,15 @@ class HeldOut:
 
 @torch.no_grad()
 def lm_loss(
-    model: PreTrainedModel, blocks_NL: Tensor, tick: Callable[[int], None] = lambda blocks: None
+    model: PreTrainedModel,
+    blocks_NL: Tensor,
+    tick: Callable[[int], None] = lambda blocks: None,
+    share: tuple[int, int] = (0, 1),
 ) -> float:
-    """Mean next-token cross-entropy in nats over all predicted tokens of the blocks."""
-    return held_out(model, blocks_NL, None, tick).lm_loss
+    """Mean next-token cross-entropy in nats over all predicted tokens of the blocks. `share` as for
+    `held_out`."""
+    cross, _ = _added_up(model, blocks_NL, None, None, tick, share)
+    return cross / _predicted(blocks_NL)
 
 
 @torch.no_grad()
@@ -78,9 +83,31 @@ def held_out(
     `share`: this process' place among those that share the blocks, and how many they are. All of
     them tick alike and come to the same.
     """
+    calibration = _Calibration()
+    cross, divergence = _added_up(model, blocks_NL, teacher, calibration, tick, share)
+    calibration.sums_3B = _over(share[1], calibration.sums_3B, model.device)
+    predicted = _predicted(blocks_NL)
+    kd_loss = divergence / predicted if teacher else None
+    return HeldOut(cross / predicted, kd_loss, calibration.error())
+
+
+def _predicted(blocks_NL: Tensor) -> int:
+    """How many tokens are predicted: all but the first of each block."""
+    return blocks_NL.shape[0] * (blocks_NL.shape[1] - 1)
+
+
+def _added_up(
+    model: PreTrainedModel,
+    blocks_NL: Tensor,
+    teacher: Teacher | None,
+    calibration: _Calibration | None,
+    tick: Callable[[int], None],
+    share: tuple[int, int],
+) -> tuple[float, float]:
+    """Cross-entropy and divergence in nats, added up over all predicted tokens; `calibration` takes
+    in those of this process' share."""
     rank, processes = share
     sums_2 = torch.zeros(2, dtype=torch.float64)
-    calibration = _Calibration()
     batches = torch.split(torch.arange(len(blocks_NL)), BLOCKS_A_BATCH)
     for first in range(0, len(batches), processes):
         together = batches[first : first + processes]
@@ -91,17 +118,14 @@ def held_out(
             sums_2 += _summed(model, batch_BL, taught, calibration)
         tick(sum(map(len, together)))
     cross, divergence = _over(processes, sums_2, model.device).tolist()
-    calibration.sums_3B = _over(processes, calibration.sums_3B, model.device)
-    predicted = blocks_NL.shape[0] * (blocks_NL.shape[1] - 1)
-    kd_loss = divergence / predicted if teacher else None
-    return HeldOut(cross / predicted, kd_loss, calibration.error())
+    return cross, divergence
 
 
 def _summed(
     model: PreTrainedModel,
     batch_BL: Tensor,
     taught: DenseTargets | None,
-    calibration: _Calibration,
+    calibration: _Calibration | None,
 ) -> Tensor:
     """Cross-entropy and divergence in nats, added up over all predicted tokens of a batch."""
     cross, divergence = 0.0, 0.0
@@ -113,7 +137,8 @@ def _summed(
         cross += float(cross_entropy(logits_NV, labels_N[place]))
         if taught is not None:
             divergence += float(forward_kl(logits_NV, taught.logits(place)))
-        calibration.add(logits_NV, labels_N[place])
+        if calibration is not None:
+            calibration.add(logits_NV, labels_N[place])
     return torch.tensor([cross, divergence], dtype=torch.float64)
 
 
