@@ -438,6 +438,7 @@ MISTAKES = [
     wrong("keep is true", "keep: 0.5", "keep: true", "keep: true", "prune.depth.keep", "whole number"),
     wrong("keep nothing", "keep: 0.5", "keep: 0", "keep: 0", "at least 1"),
     wrong("loss has nothing to learn from", "logits: forward_kl", "logits: none", "logits: none", "cross_entropy_weight"),
+    wrong("loss with a setting that nothing reads", "logits: forward_kl", "logits: none, cross_entropy_weight: 1, top_k: 5, temperature: 3", "logits: none", "has no temperature, top_k:", "`when`"),
     wrong("loss is misspelt", "logits: forward_kl", "logits: forwards_kl", "forwards_kl", "did you mean 'forward_kl'"),
     # the profile
     wrong("unknown key of a profile", "description:", "descripton:", "descripton:", "did you mean 'description'", file=TINY),

@@ -575,6 +575,22 @@ class DistillLoss(Frozen):
             raise ValueError("a dynamic weight of hidden states is relative to a logit loss")
         return self
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> DistillLoss:
+        """What nothing reads would make several trials of one, which look like no effect."""
+        fields = type(self).model_fields
+        unread = [
+            name
+            for name in ("temperature", "top_k", "logits_weight")
+            if getattr(self, name) != fields[name].default
+        ]
+        if self.logits == "none" and unread:
+            raise ValueError(
+                f"logits: none compares no logits and has no {', '.join(unread)}: leave that out, "
+                "or give it (an axis by `when`) where logits are compared"
+            )
+        return self
+
 
 class LiveSignal(Frozen):
     """The teacher runs on every batch."""
