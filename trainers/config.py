@@ -524,8 +524,8 @@ class HiddenLoss(Frozen):
     output, each normalised. Student states are raised to the teacher's width by a learned linear
     layer, trained with the student and thrown away. `mapping` pairs student layers with teacher
     layers; `proportional` pairs every student layer with the teacher's at its relative depth. With
-    a `dynamic` weight, alpha = logit loss / hidden loss, recomputed at every step and without a
-    gradient of its own.
+    a `dynamic` weight, alpha = logit loss / hidden loss, without a gradient of its own and anew for
+    each micro-batch of each worker: it depends on how the batch is shared out.
     """
 
     states: tuple[Literal["embedding", "input", "output", "attention"], ...] = Field(
