@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import re
@@ -239,7 +240,12 @@ def reason_of(error: Exception) -> str:
 
 
 def _reset_peak_memory() -> None:
-    """A warm worker runs many stages; Linux can forget the high-water mark of those before."""
+    """A warm worker runs many stages. What those before left unused goes back to the system, which
+    workers are told not to do by themselves (`cluster.FOR_WORKERS`), or it would come on top of
+    what this stage takes; and Linux can forget their high-water mark."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak then covers the worker's whole life

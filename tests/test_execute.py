@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster import FOR_WORKERS
 from orchestrator.execute import run_stages, stage_record
 from orchestrator.records import StageRecord
 from orchestrator.steps import StageNode
@@ -64,3 +68,28 @@ def test_a_damaged_input_that_the_trial_does_not_make_fails_it(tmp_path: Path) -
     store = Store(tmp_path)
     with pytest.raises(DamagedInputError):
         list(run_stages([STUDENT], runner(store, [], lambda: True), store))
+
+
+LEAVES_MEMORY = """
+import torch
+from orchestrator.execute import Costs
+
+tensors = [torch.ones(1 << 18) for _ in range(1000)]  # 1 GB
+del tensors
+meter = Costs.meter()
+print(meter(0.0).peak_rss_mb)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no high-water mark")
+def test_a_stage_does_not_pay_for_the_memory_of_those_before() -> None:
+    environment = {**os.environ, **FOR_WORKERS}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_MEMORY],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) < 800
