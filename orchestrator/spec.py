@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -232,6 +232,7 @@ def load(
     for key, node in settings:
         tree, trouble = _set(tree, key, node)
         messages += trouble
+    messages += [text for key, node in settings for text in _overruled(tree, key, node)]
     tree = _with_seeds(tree)
     try:
         tree = find_winners(tree, results, name)
@@ -385,6 +386,57 @@ def _set(tree: Node, key: str, node: Node) -> tuple[Node, list[str]]:
         text = f"is an axis ({axes[name].origin}); {instead} instead"
         return tree, [f"{node.origin}: {key}: {text}"]
     return merge(tree, nest(f"trial.{name}" if name else "trial", node)), []
+
+
+def _overruled(tree: Node, key: str, node: Node) -> list[str]:
+    """What of an override some trials would not have, because a file lays more over what all share.
+    Given under `trial.` it is meant for the others; a section that is left out has no settings."""
+    base, axes = tree.child("trial"), _axes(tree)
+    if base is None or key.partition(".")[0] in SweepFile.model_fields or key in axes:
+        return []
+    laid = [(label, merge(base, layer)) for label, layer in _laid_over(tree, axes)]
+    messages = []
+    for parts in _leaves(tuple(key.split(".")), node):
+        found = [(label, _named(there)) for label, over in laid if (there := over.at(parts))]
+        places = [f"{label} ({n.origin})" for label, n in found if n.origin.line is not None]
+        if places:
+            dotted = ".".join(parts)
+            text = f"is set again by {', '.join(dict.fromkeys(places))}; change it there, or give"
+            others = f"trial.{key} to set it for the other trials alone"
+            messages.append(f"{node.origin}: {dotted}: {text} {others}")
+    return messages
+
+
+def _laid_over(tree: Node, axes: Mapping[str, Node]) -> Iterator[tuple[str, Node]]:
+    """What is laid over the shared settings of some trials, and what it is called."""
+    for name, axis in axes.items():
+        if variants := axis.child("variants"):
+            for variant, settings in variants.mapping.items():
+                yield f"the variant {variant} of {name}", undotted(settings)
+            continue
+        values = axis.child("values") or axis
+        for value in values.sequence or (values,):
+            yield f"the axis {name}", nest(name, value)
+    baselines, rungs = tree.child("baselines"), tree.at(("scheduler", "rungs"))
+    for name, settings in baselines.mapping.items() if baselines else ():
+        yield f"the baseline {name}", undotted(settings)
+    for rung in rungs.sequence if rungs else ():
+        named, laid = rung.child("name"), rung.child("set")
+        if named and laid:
+            yield f"the rung {named.value}", undotted(laid)
+
+
+def _leaves(parts: tuple[str, ...], node: Node) -> Iterator[tuple[str, ...]]:
+    """Where the values below a node are."""
+    for key, child in node.mapping.items():
+        yield from _leaves((*parts, key), child)
+    if not node.mapping:
+        yield parts
+
+
+def _named(node: Node) -> Node:
+    """What tells a variant, which may be spelt out: `random` or `{kind: random}`."""
+    return node.mapping.get("kind", node)
 
 
 def _set_axis(tree: Node, name: str, node: Node) -> Node:

@@ -575,6 +575,50 @@ def test_a_wrong_override_is_told_as_it_was_given(folder, override, words):
     assert any(all(word in message for word in words) for message in messages), messages
 
 
+LAID_OVER = """\
+  cut:
+    variants:
+      shallow: {prune.depth.keep: 2}
+      as_it_is: {}
+scheduler:
+  method: race
+  rungs:
+    - {name: short, set: {distill: {loss: {temperature: 2.0}}}, keep: 1}
+    - {name: full, set: {distill: null}}
+linked:
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("prune.depth.keep=3", ["the variant shallow of cut (sweep.yaml:18)"]),
+        ("prune.depth={keep: 2}", ["prune.depth.keep: ", "the variant shallow", "give trial.prune.depth to"]),
+        ("prune.initialise=inherited", ["the baseline random_init (sweep.yaml:32)"]),
+        ("prune={initialise: random, depth: null}", ["prune.initialise: ", "random_init", "prune.depth: "]),
+        ("distill.loss.temperature=3.0", ["the rung short (sweep.yaml:23)", "give trial.distill.loss.temperature"]),
+        ("distill.training={steps: 3}", ["the axis distill.training.steps (sweep.yaml:26)"]),
+    ],
+)  # fmt: skip
+def test_set_is_refused_where_a_file_sets_the_same_again_for_some_trials(folder, override, words):
+    folder.edit("sweep.yaml", "linked:\n", LAID_OVER)
+    told = "\n".join(m for m in _told(folder, override) if m.startswith(f"--set {override}: "))
+    assert all(word in told for word in ["is set again by", *words]), told
+
+
+def test_set_reaches_the_other_trials_where_it_names_trial_and_those_that_lack_the_section(folder):
+    folder.edit("sweep.yaml", "linked:\n", LAID_OVER)
+    keeps = {
+        trial.axes["cut"]: trial.config.prune.depth.keep
+        for trial in enumerate_trials(folder.load("trial.prune.depth.keep=3")).trials
+        if trial.baseline is None
+    }
+    assert keeps == {"shallow": 2, "as_it_is": 3}
+    folder.load("distill.training.learning_rate=1e-3")  # the rung without a distillation has none
+    both = folder.load("prune.initialise=random", "baselines.random_init.prune.initialise=random")
+    assert both.trial["prune"]["initialise"] == "random"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
