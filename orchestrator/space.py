@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.axes import TEACHER, Grid, key_of, parse_axes, shown
 from orchestrator.located import Node, Part, merge, nest, undotted
+from orchestrator.measures import unmeasured
 from orchestrator.pruning import WIDTHS, PruneSettings, is_size
 from orchestrator.spec import SpecError, Sweep, TrialConfig, build_trial
 from orchestrator.wording import Problem, choices, shortest_names
@@ -81,7 +82,9 @@ def enumerate_trials(sweep: Sweep) -> Space:
             errors.setdefault(problem.message(tree), request.note)
     if errors:
         raise SpecError(*(message + note for message, note in errors.items()))
-    return Space(tuple(trials.values()), tuple(left_out))
+    space = Space(tuple(trials.values()), tuple(left_out))
+    _check_measured(sweep, space)
+    return space
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def pool_of(sweep: Sweep) -> Pool:
         key = key_of(_given(request))
         requests[key] = (*requests.get(key, ()), request)
     pool = Pool(requests, tuple(left_out))
-    searched(sweep, pool, pool.samples())
+    _check_measured(sweep, searched(sweep, pool, pool.samples()))
     return pool
 
 
@@ -141,6 +144,17 @@ def searched(sweep: Sweep, pool: Pool, keys: Iterable[str]) -> Space:
     if errors:
         raise SpecError(*errors)
     return Space(tuple(trials.values()), pool.left_out)
+
+
+def _check_measured(sweep: Sweep, space: Space) -> None:
+    """Raises `SpecError` where the sweep goes by what no trial measures, or a later rung has
+    settings that no trial can have."""
+    grid = [each for each in space.trials if each.baseline is None]
+    once = {key_of(dict(each.axes)): each for each in grid}.values()  # seeds measure the same
+    later = (next_rung(sweep, once, n) for n in range(1, len(sweep.scheduler.rungs)))
+    rungs = [[trial.config for trial in trials] for trials in (once, *later)]
+    if once and (problems := unmeasured(sweep, rungs)):
+        raise SpecError(*(problem.message(sweep.tree) for problem in problems))
 
 
 def make_trial(

@@ -14,17 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import scheduling, schema
-from orchestrator.asked import METRICS, Claim, Select
+from orchestrator.asked import Claim, Select
 from orchestrator.candidates import Constraints
 from orchestrator.located import (
     LocatedError,
     Node,
     Origin,
-    Part,
     dump,
     merge,
     nest,
@@ -32,10 +31,11 @@ from orchestrator.located import (
     read_value,
     undotted,
 )
-from orchestrator.scheduling import SIZES, Scheduler, Search
+from orchestrator.pruning import inconsistent
+from orchestrator.scheduling import Scheduler, Search
 from orchestrator.settings import TrialConfig, build_trial, known_harness_tasks
 from orchestrator.winners import NAME, NoWinnerError, find_winners
-from orchestrator.wording import Problem, choices, hint, nearest_first, validate
+from orchestrator.wording import Problem, hint, nearest_first, validate
 from trainers.config import Frozen
 
 __all__ = [
@@ -143,6 +143,13 @@ class SweepFile(Frozen):
     """Folder or URI of artifacts that several machines share; by default below the results. Where
     they are says nothing of what they are: it enters neither identities nor records."""
 
+    @model_validator(mode="after")
+    def _whole_race(self) -> SweepFile:
+        if self.search.method != "grid" and self.scheduler.method == "race":
+            text = "a race runs the whole grid; use asha or median"
+            raise inconsistent([(("search", "method"), text)])
+        return self
+
 
 class Sweep(SweepFile):
     """A sweep with its profile and overrides merged in. `tree` knows where each value is from."""
@@ -215,7 +222,8 @@ def load(
 
     Winners of other sweeps that serve as sources are looked for under `results`.
 
-    Axes, exclusions and baselines are checked when trials are made of them (`orchestrator.space`).
+    Axes, exclusions, baselines and what metrics there are to go by are checked when trials are made
+    (`orchestrator.space`).
     Raises `SpecError`.
     """
     sweep = Path(sweep)
@@ -474,12 +482,9 @@ def _base_problems(tree: Node) -> list[str]:
         return []
     axes = [tuple(name.split(".")) for name in _axes(tree) if name != "seed"]
     config, problems = build_trial(base)
-    if config is None and _has_variants(tree):
+    if config is not None or _has_variants(tree):
         return []  # a variant may mend anything; what it does not is told of the trials
-    if config is None:
-        return [p.message(base) for p in problems if not _mendable(p, axes)]
-    measures = ("evaluate", "benchmark")
-    return [] if any(axis[0] in measures for axis in axes) else _metric_problems(tree, config)
+    return [p.message(base) for p in problems if not _mendable(p, axes)]
 
 
 def _has_variants(tree: Node) -> bool:
@@ -493,65 +498,3 @@ def _mendable(problem: Problem, axes: Sequence[tuple[str, ...]]) -> bool:
     return (problem.cross and bool(axes)) or any(
         at[: len(axis)] == axis or (problem.partial and axis[: len(at)] == at) for axis in axes
     )
-
-
-def _metric_problems(tree: Node, config: TrialConfig) -> list[str]:
-    """Whether the metrics that choose the winner and that claims are about are measured."""
-    node = tree.at(("select", "metric"))
-    problems = [
-        _metric_problem(("select", "metric"), node.value if node else Select().metric, config)
-    ]
-    claims = tree.child("claims")
-    problems += _searched_for(tree, config)
-    for index, claim in enumerate(claims.sequence if claims else ()):
-        for keys in METRICS:
-            if (node := claim.at(keys)) is not None:
-                problems.append(_metric_problem(("claims", index, *keys), node.value, config))
-    return [problem.message(tree) for problem in problems if problem]
-
-
-def _metric_problem(parts: tuple[Part, ...], metric: Any, config: TrialConfig) -> Problem | None:
-    if not isinstance(metric, str):
-        return None
-    choosing = parts[0] == "select"
-    kinds = ("lm_loss", "kd_loss", "calibration_error")
-    measured = [f"{kind}.{when}" for kind in kinds for when in ("after", "before")]
-    tasks = [task.name for task in config.evaluate.tasks]
-    for half in ("accuracy",) if choosing else ("accuracy", "accuracy_report"):
-        measured += [f"{half}.{name}" for name in (*tasks, "mean") if tasks]
-    speeds = config.benchmark.metrics if config.benchmark else ()
-    if metric in (*measured, *speeds):
-        return None
-    measured += [name for name in speeds if name.startswith("throughput.")]  # of very many
-    why = "is not measured"
-    if metric.startswith("throughput") and config.benchmark is None:
-        why = "is not measured: there is no trial.benchmark"
-    if metric.startswith("accuracy_report") and choosing:
-        why = "may not choose the winner: that half of the questions is kept for the report"
-    elif metric.startswith("accuracy.") and not config.evaluate.tasks:
-        why = "is not measured: evaluate.tasks is empty"
-    return Problem(parts, f"'{metric}' {why}{choices(metric, sorted(measured))}")
-
-
-def _searched_for(tree: Node, config: TrialConfig) -> Iterator[Problem]:
-    """Objectives of a search that nothing measures, and early stopping without measurements."""
-    objectives = tree.at(("search", "objectives"))
-    for index in range(len(objectives.sequence) if objectives else 0):
-        parts = ("search", "objectives", index, "metric")
-        node = tree.at(parts)
-        if node is None or node.value in SIZES:
-            continue
-        problem = _metric_problem(("select", "metric"), node.value, config)
-        if problem is not None:
-            yield Problem(parts, problem.text + f"; or {', '.join(SIZES)}")
-    method = tree.at(("scheduler", "method"))
-    stops = method is not None and method.value in ("asha", "median")
-    if stops and (config.distill is None or config.distill.heldout_every is None):
-        text = (
-            f"{method.value if method else ''} goes by what trials measure on their way: set "
-            "trial.distill.heldout_every, in optimizer steps"
-        )
-        yield Problem(("scheduler", "method"), text)
-    search = tree.at(("search", "method"))
-    if search is not None and search.value != "grid" and method and method.value == "race":
-        yield Problem(("search", "method"), "a race runs the whole grid; use asha or median")

@@ -21,6 +21,7 @@ from orchestrator.asked import Claim
 from orchestrator.axes import parse_axes
 from orchestrator.claims import Verdict, judge
 from orchestrator.records import TEACHER, ItemRecord, Records, TrialRecord
+from orchestrator.space import enumerate_trials
 from orchestrator.spec import SpecError, load
 
 LOSS, ACCURACY = "lm_loss.after", "accuracy.mean"
@@ -546,7 +547,7 @@ def test_a_mistake_in_a_claim_is_told_with_its_place(
 ) -> None:
     path = sweep_with(tmp_path, {**IN_FILE, **change})
     with pytest.raises(SpecError) as raised:
-        parse_axes(load(path))
+        enumerate_trials(load(path))
     message = next(m for m in raised.value.messages if expected in m)
     file, line, _ = message.split(":", 2)
     assert file == str(path)
