@@ -49,14 +49,25 @@ class Search(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> Search:
-        if self.method == "grid" and (self.trials or self.objectives):
-            raise ValueError("trials and objectives are for the methods random, tpe, gp and nsga2")
+        if self.method == "grid" and _differs(self, "trials", "objectives", "seed", "startup"):
+            text = (
+                "trials, objectives, seed and startup are for the methods random, tpe, gp and nsga2"
+            )
+            raise ValueError(text)
         if self.method != "grid" and self.trials is None:
             raise ValueError(f"{self.method} needs trials: how many configurations to try")
+        if self.method == "nsga2" and self.startup < 2:
+            raise ValueError("nsga2 needs a startup of at least 2: the size of its population")
         names = [objective.metric for objective in self.objectives]
         if len(set(names)) < len(names):
             raise ValueError("an objective is named twice")
         return self
+
+
+def _differs(settings: Frozen, *names: str) -> bool:
+    """Whether one of these is not as it is without being set: a resolved file has all of them."""
+    defaults = type(settings).model_fields
+    return any(getattr(settings, name) != defaults[name].default for name in names)
 
 
 # --- which trials run to the end -------------------------------------------------------------
@@ -79,6 +90,7 @@ class Scheduler(Frozen):
     held-out loss that trials measure on their way (`distill.heldout_every`), and never before
     `floor_tokens` of distillation: rankings flip in the first few hundred steps (practice 9). A
     rung of `asha` is `reduction` times as long as the one before, and one in `reduction` passes it.
+    What one of them does not read may stand there for the other: a file can be run under each.
     """
 
     method: Literal["none", "race", "asha", "median"] = "none"
@@ -101,8 +113,12 @@ class Scheduler(Frozen):
         if self.stops and self.floor_tokens is None:
             text = f"{self.method} needs floor_tokens: before that many tokens of distillation no"
             raise ValueError(f"{text} trial is stopped")
-        if self.method == "race" and self.floor_tokens is not None:
-            raise ValueError("floor_tokens is for asha and median; a race has rungs")
+        if self.method == "race" and _differs(self, "floor_tokens", "reduction", "at_least"):
+            text = "floor_tokens, reduction and at_least are for asha and median; a race has rungs"
+            raise ValueError(text)
+        if self.method != "race" and _differs(self, "metric"):
+            text = "metric is for the method race; asha and median go by the held-out loss"
+            raise ValueError(text)
         names = [rung.name for rung in self.rungs]
         if self.method == "race" and (len(names) < 2 or len(set(names)) < len(names)):
             raise ValueError("a race needs at least two rungs, each with a name of its own")

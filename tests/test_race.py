@@ -143,6 +143,8 @@ def test_the_origin_of_a_rungs_setting_is_its_line(tmp_path: Path) -> None:
         ({"rungs": [{"name": "a"}, {"name": "b"}]}, "how many configurations to keep"),
         ({"method": "none"}, "rungs are for the method race"),
         ({"method": "rase"}, "did you mean 'race'"),
+        ({"floor_tokens": 5}, "floor_tokens, reduction and at_least are for asha and median"),
+        ({"reduction": 4.0}, "floor_tokens, reduction and at_least are for asha and median"),
     ],
 )
 def test_a_mistake_in_the_scheduler_is_told(

@@ -277,11 +277,17 @@ def test_a_configuration_stopped_early_counts_by_its_last_held_out_loss() -> Non
     ("keys", "message"),
     [
         ({"search": {"trials": None}}, "tpe needs trials"),
-        ({"search": {"method": "grid"}}, "trials and objectives are for"),
+        ({"search": {"method": "grid"}}, "trials, objectives, seed and startup are for"),
+        ({"search": {"method": "grid", "trials": None}}, "seed and startup are for the methods"),
+        ({"search": {"method": "nsga2", "startup": 1}}, "nsga2 needs a startup of at least 2"),
         ({"search": {"objectives": [{"metric": "speed"}]}}, "'speed' is not measured"),
         ({"search": {"method": "bayes"}}, "search.method"),
         ({"scheduler": {"method": "asha"}}, "needs floor_tokens"),
         ({"scheduler": {"method": "asha", "floor_tokens": 5}}, "set trial.distill.heldout_every"),
+        (
+            {"scheduler": {"method": "asha", "floor_tokens": 5, "metric": "accuracy.mean"}},
+            r"small\.yaml:\d+: scheduler: metric is for the method race; asha and median go by",
+        ),
         (
             {"scheduler": {"method": "race", "rungs": [{"name": "a", "keep": 1}, {"name": "b"}]}},
             "a race runs the whole grid",

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 
 from orchestrator.records import CurvePoint
 from orchestrator.scheduling import Scheduler
+from orchestrator.spec import load
 from orchestrator.stopping import HELDOUT, Judge, judge_of
 
 ASHA = Scheduler(method="asha", floor_tokens=100, reduction=3)
 MEDIAN = Scheduler(method="median", floor_tokens=100, at_least=2)
 BOTH = pytest.mark.parametrize("scheduler", [ASHA, MEDIAN], ids=lambda each: each.method)
+
+
+@pytest.mark.parametrize("method", ["none", "asha", "median"])
+def test_one_sweep_file_can_be_run_under_either_rule_and_without(method: str) -> None:
+    settings = [f"scheduler.method={method}", "scheduler.at_least=2"]
+    asked = load(Path(__file__).parent.parent / "sweeps" / "early_stopping.yaml", None, settings)
+    assert (asked.scheduler.reduction, asked.scheduler.at_least) == (5, 2)
 
 
 def told(judge: Judge, losses: dict[str, float], tokens: int, seed: int = 0) -> set[str]:
