@@ -110,7 +110,13 @@ def run(
     max_concurrent: int | None,
     dry_run: bool,
 ) -> None:
-    """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped."""
+    """Run a sweep: prune, distil, measure, choose and report. Goes on where it stopped.
+
+    \b
+    orchestrate sweeps/depth_ablation.yaml                  at the profile that the file names
+    orchestrate sweeps/depth_ablation.yaml --profile smollm2 --set distill.training.steps=40
+    orchestrate sweeps/losses.yaml --profile llama31_8b --results /shared/results --address auto
+    """
     loaded, planned = _plan(sweep, profile, overrides, results)
     if dry_run:
         show_plan(out, loaded, planned, _store(results, loaded), _ended(results, loaded))
@@ -156,7 +162,11 @@ def plan(
 @app.command()
 @_sweep_options
 def validate(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
-    """Check a sweep file and its profile; exit 2 with every mistake, or say that it is valid."""
+    """Check a sweep file and its profile; exit 2 with every mistake, or say that it is valid.
+
+    \b
+    orchestrate validate sweeps/depth_ablation.yaml --profile llama31_8b
+    """
     loaded, planned = _plan(sweep, profile, overrides, results)
     trials = f"{len(planned.trials)} trials at profile {loaded.profile}"
     out.print(f"{escape(str(sweep))}: valid, {trials}")
@@ -165,7 +175,11 @@ def validate(sweep: Path, profile: str | None, overrides: tuple[str, ...], resul
 @app.command()
 @_sweep_options
 def report(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
-    """Write tables, figures, report.html and best.json again from the parquet files."""
+    """Write tables, figures, report.html and best.json again from the parquet files.
+
+    \b
+    orchestrate report sweeps/depth_ablation.yaml           of your run, or of the published one
+    """
     loaded, _ = _plan(sweep, profile, overrides, results)
     folder = _recorded_folder(results, loaded)
     from orchestrator.publishing import write_report
@@ -177,7 +191,11 @@ def report(sweep: Path, profile: str | None, overrides: tuple[str, ...], results
 @app.command()
 @_sweep_options
 def best(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
-    """Print the winning configuration as JSON."""
+    """Print the winning configuration as JSON.
+
+    \b
+    orchestrate best sweeps/depth_ablation.yaml --profile smollm2_local
+    """
     loaded, _ = _plan(sweep, profile, overrides, results)
     path = _recorded_folder(results, loaded) / "best.json"
     if not path.exists():
@@ -224,7 +242,11 @@ def compare(first: str, second: str, results: Path, as_json: bool) -> None:
 @app.command()
 @_sweep_options
 def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], results: Path) -> None:
-    """Copy a finished sweep's small files to results/published, to be committed."""
+    """Copy a finished sweep's small files to results/published, to be committed.
+
+    \b
+    orchestrate publish sweeps/depth_ablation.yaml          its run at the profile that it names
+    """
     from orchestrator import publishing
 
     loaded, _ = _plan(sweep, profile, overrides, results)
@@ -434,10 +456,21 @@ def doctor(
 
 
 @app.command()
-@click.option("--results", type=click.Path(path_type=Path), default=Path("results"))
-@click.option("--port", default=5000, show_default=True)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of the MLflow store, unless MLFLOW_TRACKING_URI is set.",
+)
+@click.option("--port", default=5000, show_default=True, help="Port of 127.0.0.1 to serve it on.")
 def ui(results: Path, port: int) -> None:
-    """Open MLflow's page on the runs, on 127.0.0.1."""
+    """Open MLflow's page on the runs, on 127.0.0.1.
+
+    \b
+    orchestrate ui                                          http://127.0.0.1:5000
+    orchestrate ui --results /shared/results --port 5001
+    """
     from orchestrator.tracking import ui_command
 
     try:

@@ -95,7 +95,9 @@ class Shortage:
         if self.then is None:
             return f"{need}; no setting makes it fit: use larger GPUs or a smaller model"
         disk = f" and {self.disk_bytes / GB:,.0f} GB of disk" if self.disk_bytes else ""
-        return f"{need}; with {self.remedy} it needs {self.then / GB:.1f} GB{disk}"
+        listed = any(key.startswith("chain.") for key in self.settings or ())
+        where = " in the file" if listed else ""  # `--set` does not reach into a list
+        return f"{need}; with {self.remedy}{where} it needs {self.then / GB:.1f} GB{disk}"
 
     def and_of(self, other: Shortage) -> Shortage:
         """The worse of two for which the same is to be set."""

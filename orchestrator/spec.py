@@ -33,6 +33,7 @@ from orchestrator.located import (
 )
 from orchestrator.pruning import inconsistent
 from orchestrator.scheduling import Scheduler, Search
+from orchestrator.schema import unknown_setting
 from orchestrator.settings import TrialConfig, build_trial, known_harness_tasks
 from orchestrator.winners import NAME, NoWinnerError, find_winners
 from orchestrator.wording import Problem, hint, nearest_first, validate
@@ -393,6 +394,9 @@ def _set(tree: Node, key: str, node: Node) -> tuple[Node, list[str]]:
         instead = f"set axes.{name}=[…]" if alone else "set linked=[…]"
         text = f"is an axis ({axes[name].origin}); {instead} instead"
         return tree, [f"{node.origin}: {key}: {text}"]
+    in_list = any(map(str.isdigit, name.split(".")))
+    if in_list and (trouble := unknown_setting(TrialConfig, name)):
+        return tree, [f"{node.origin}: {key}: {trouble}"]
     return merge(tree, nest(f"trial.{name}" if name else "trial", node)), []
 
 

@@ -298,7 +298,6 @@ class _TokenLease:
         self._beats = 0
         self._released = threading.Event()
         self._writing = threading.Lock()
-        self._writing = threading.Lock()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import small_sweep
 from click.testing import CliRunner, Result
@@ -24,11 +25,15 @@ def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_help_shows_examples() -> None:
-    for arguments in (["--help"], ["plan", "--help"]):
-        result = call(*arguments)
+def test_every_command_shows_an_example_and_says_what_its_options_are_for() -> None:
+    assert "orchestrate plan sweeps/depth_ablation.yaml" in call("--help").output
+    for name, command in app.commands.items():
+        result = call(name, "--help")
         assert result.exit_code == 0
-        assert "orchestrate plan sweeps/depth_ablation.yaml" in result.output
+        word = "orchestrate sweeps/" if name == "run" else f"orchestrate {name}"
+        assert f"\n  {word}" in result.output, name
+        options = [each for each in command.params if isinstance(each, click.Option)]
+        assert [each.name for each in options if not each.help] == [], name
 
 
 def test_the_plan_as_json_says_what_would_run(tmp_path: Path) -> None:

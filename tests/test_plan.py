@@ -531,6 +531,7 @@ def test_a_step_of_a_chain_takes_the_settings_of_the_trial_unless_it_has_its_own
         warnings = described(tmp_path, *ON_GPUS, tight, sweep=sweep)["warnings"]
         (warning,) = [each for each in warnings if each["step"] == "chain1.distill"]
         assert all(key.startswith(f"{place}.training.") for key in warning["settings"])
+        assert (" in the file it needs " in warning["text"]) == own, "--set cannot set it"
 
 
 def test_what_no_setting_makes_fit_is_said_so() -> None:

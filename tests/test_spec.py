@@ -565,6 +565,8 @@ def test_a_wrong_profile_argument_names_those_that_exist_nearest_first(folder):
         ("seeds=0", ["seeds", "must be a list"]),
         ("axes.prune.depth.kep=[1]", ["unknown setting", "'prune.depth.keep'"]),
         ("axes.prune.depth.criterion=[]", ["axes.prune.depth.criterion", "no value"]),
+        ("chain.0.distill.training.steps=3", ["the items of chain cannot be set one by one"]),
+        ("evaluate.tasks.0.limit=3", ["the items of evaluate.tasks cannot be set one by one"]),
         ("importance.samples=100", ["importance.samples", "64 calibration_blocks"]),
         ("importance.tasks=[]", ["importance.tasks", "criterion task"]),
         ("evaluate.tasks=[{kind: choices}]", ["evaluate.tasks.0.name", "is required"]),
