@@ -107,7 +107,7 @@ def run_stage(
                 stored = store.found(node.stage_id)  # another may have built it while we waited
                 if stored is None:
                     stored = _build(node, store, requested_by, sink, runtime, launch)
-    except DamagedInputError:
+    except (DamagedInputError, InfrastructureError):
         raise
     except Exception as error:
         if not is_infrastructure(error):

@@ -29,6 +29,10 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOLCK})
 
 # safetensors and Ray Train tell of a full disk in words alone, torch.save not even in these.
 _IN_WORDS = {os.strerror(number): number for number in sorted(FULL | LOST)}
+_PEER_LOST = re.compile(
+    r"Connection (closed|reset) by peer|remote process exited or there was a network error"
+)
+"""How gloo and NCCL say that another worker of the trial cannot be reached any more."""
 _TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos")
 
 
@@ -42,7 +46,7 @@ class StorageError(OSError):
 
 def is_infrastructure(error: BaseException) -> bool:
     """Whether a failure, or one that led to it, is the machine's: a disk that is full or read-only,
-    a file system or a server that is lost, no more open files."""
+    a file system, a server or another worker that is lost, no more open files."""
     return any(_is_machines(each) for each in _chain(error))
 
 
@@ -62,7 +66,7 @@ def _is_machines(error: BaseException) -> bool:
         return True
     if _errno(error) in FULL | LOST | UNREACHABLE | EXHAUSTED:
         return True
-    return bool(_TORCH_CANNOT_WRITE.search(str(error)))
+    return bool(_TORCH_CANNOT_WRITE.search(str(error)) or _PEER_LOST.search(str(error)))
 
 
 def _errno(error: BaseException) -> int | None:

@@ -39,8 +39,6 @@ from trainers.contract import StageContext
 
 LOOK_EVERY_S = 0.5
 """How often a worker looks whether to stop."""
-REASON_LENGTH = 300
-"""Of what Ray says of a dead worker: the rest is in the log."""
 LOW_ON_MEMORY = "the worker was killed as its node ran low on memory"
 REPORT_EVERY_S = 4.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
@@ -537,7 +535,7 @@ def _why_it_died(trace: str) -> str:
     """In a line; what Ray says of memory is a page, and its last lines are general advice."""
     if "due to the node running low on memory" in trace:
         return LOW_ON_MEMORY
-    return f"the worker died: {trace.strip().splitlines()[-1]}"[:REASON_LENGTH]
+    return f"the worker died: {trace.strip().splitlines()[-1]}"[: workers.REASON_LENGTH]
 
 
 def _callback(desk: _Desk) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.execute import Costs, Launched, entry_point, reason_of
+from orchestrator.faults import InfrastructureError, explain, is_infrastructure
 from orchestrator.stages import STAGES
 from orchestrator.steps import StageNode
 from trainers.contract import (
@@ -38,6 +39,8 @@ REPORT_EVERY_S = 4.0
 ANSWER = "worker{}.json"
 WAITING_CPU = 0.01
 """What a job takes that only waits for its workers; Tune refuses 0."""
+REASON_LENGTH = 300
+"""Of what Ray says of a dead worker: the rest is in the log."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Workers:
 
 def launch(node: StageNode, context: StageContext[Any], workers: Workers) -> Launched:
     """The stage's result, with the costs of all its workers. Raises `StageError` where one failed,
-    `Interrupted` where the sweep was asked to stop."""
+    `InfrastructureError` where one was lost, `Interrupted` where the sweep was asked to stop."""
     from ray import train
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -93,37 +96,50 @@ def launch(node: StageNode, context: StageContext[Any], workers: Workers) -> Lau
             trainer.fit()
         except Exception as raised:  # the workers' own answers say more, where there are any
             error = raised
-    answers = [_answer(context.out, rank) for rank in range(workers.count)]
+    found = {rank: _answer(context.out, rank) for rank in range(workers.count)}
     _forget(context.out)
-    return _result([answer for answer in answers if answer], workers.count, error)
+    answers = {rank: answer for rank, answer in found.items() if answer}
+    return _result(answers, workers.count, error)
 
 
-def _result(answers: list[dict[str, Any]], count: int, error: Exception | None) -> Launched:
-    told = [answer for answer in answers if answer["outcome"] == "failed"]
+def _result(answers: Mapping[int, dict[str, Any]], count: int, error: Exception | None) -> Launched:
+    # A worker that fails leaves an answer: who left none was lost, by a kill or with its node.
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    lost = sorted(set(failures) - set(answers))
+    told = [answer for answer in answers.values() if answer["outcome"] == "failed"]
+    if lost:
+        what = str(failures[lost[0]]).strip().splitlines()[-1:]
+        reason = f"worker {lost[0] + 1} of {count} died: {' '.join(what)}"
+        raise InfrastructureError(reason[:REASON_LENGTH]) from error
     if told:
         # Where one worker fails, the others fail for want of it: the first to fail has the reason.
-        first = min(told, key=lambda answer: answer["ended_at"])
+        # They may well lose their connections, and clocks differ: a failure of its own comes first.
+        first = min(told, key=lambda answer: (answer["machine"], answer["ended_at"]))
         if first["damaged"]:
             raise DamagedInputError(first["damaged"], first["reason"])
-        raise StageError(first["reason"])
+        raise (InfrastructureError if first["machine"] else StageError)(first["reason"])
     if error is not None:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise StageError(f"the workers failed: {' '.join(lines[:2])}") from error
-    if any(answer["outcome"] == "interrupted" for answer in answers):
+        reason = f"the workers failed: {' '.join(lines[:2])}"
+        raise InfrastructureError(reason[:REASON_LENGTH]) from error
+    if any(answer["outcome"] == "interrupted" for answer in answers.values()):
         raise Interrupted
     if len(answers) < count:
-        raise StageError(f"only {len(answers)} of {count} workers came to an end")
+        raise InfrastructureError(f"only {len(answers)} of {count} workers came to an end")
     costs = Costs(
-        cpu_s=sum(answer["cpu_s"] for answer in answers),
-        gpu_s=sum(answer["gpu_s"] for answer in answers),
-        peak_rss_mb=max(answer["peak_rss_mb"] for answer in answers),
+        cpu_s=sum(answer["cpu_s"] for answer in answers.values()),
+        gpu_s=sum(answer["gpu_s"] for answer in answers.values()),
+        peak_rss_mb=max(answer["peak_rss_mb"] for answer in answers.values()),
     )
     return Launched(StageResult(**answers[0]["result"]), costs)
 
 
 def _answer(out: Path, rank: int) -> dict[str, Any] | None:
-    path = out / ANSWER.format(rank)
-    answer: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    """None where the worker left none, or was killed or out of disk while it wrote."""
+    try:
+        answer: dict[str, Any] = json.loads((out / ANSWER.format(rank)).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
     return answer
 
 
@@ -176,8 +192,10 @@ def _work(work: Mapping[str, Any]) -> None:
     except Interrupted:
         answer["outcome"] = "interrupted"
     except Exception as error:
-        answer |= {"outcome": "failed", "reason": reason_of(error)}
-        answer["damaged"] = error.role if isinstance(error, DamagedInputError) else None
+        damaged = error.role if isinstance(error, DamagedInputError) else None
+        machine = damaged is None and is_infrastructure(error)
+        reason = explain(error, out) if machine else reason_of(error)
+        answer |= {"outcome": "failed", "reason": reason, "damaged": damaged, "machine": machine}
         raise  # so that Ray ends the other workers, which may be waiting for this one
     finally:
         used = (answer["result"] or {}).get("gpu_s", 0.0)

@@ -78,9 +78,9 @@ class Run:
             return [root, *root.children(recursive=True)]
         return []
 
-    def workers(self) -> list[psutil.Process]:
-        """The warm workers that run jobs."""
-        return [process for process in self.tree() if "ray::ImplicitFunc" in title(process)]
+    def workers(self, kind: str = "ImplicitFunc") -> list[psutil.Process]:
+        """The warm workers that run jobs, or Ray's other processes of that kind."""
+        return [process for process in self.tree() if f"ray::{kind}" in title(process)]
 
     def until(self, reached: Callable[[], Any], what: str) -> None:
         """Wait for a point inside the sweep; fails where the sweep ends before it."""

@@ -7,6 +7,7 @@ doubled, what failed has a reason in its row, and once the cause is gone the sam
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -242,6 +243,26 @@ def test_a_node_that_dies_takes_no_trial_with_it(
 
 
 ONE_STUDENT = ("--set", "axes.distill.training.learning_rate=[0.002]", "--max-concurrent", "1")
+
+
+@pytest.mark.timeout(1800)
+def test_a_trial_of_several_workers_that_loses_one_is_tried_again(
+    calm: Calm, prepared: Prepare
+) -> None:
+    """Ray Train's workers are two processes that the one which waits for them outlives."""
+    results = prepared()
+    finished = Finished.of(results)
+    several = ("--set", "resources.workers=2", "--set", "distill.training.steps=100")
+    run = faults.start(calm.sweep, results, *ONE_STUDENT, *several)
+    run.until(lambda: faults.furthest(results), "the student had a checkpoint")
+    faults.kill(run.workers("RayTrainWorker")[:1])
+    told = run.ends(0, within_s=600)
+    assert re.search(r"lost .*: worker [12] of 2 died: ", told), told
+    trials = rows(run.folder, "trials")
+    assert [trial["status"] for trial in trials] == ["completed"] * (TRIALS - 1)
+    ran = [stage["stage_id"] for stage in rows(run.folder, "stages") if not stage["cached"]]
+    assert len(ran) == len(set(ran))
+    finished.is_untouched(results)
 
 
 @pytest.mark.timeout(1800)

@@ -29,7 +29,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
         "execute", "faults", "jobs", "ledger", "plan", "space", "spec", "records", "stages",
         "steps", "cluster", "stopping", "storage", "store", "tracking", "workers",
     },
-    "workers": {"execute", "stages", "steps"},
+    "workers": {"execute", "faults", "stages", "steps"},
     "jobs": {"plan", "spec", "stages", "steps", "store"},
     "execute": {"faults", "plan", "stages", "steps", "store", "records"},
     "plan": {"demand", "estimate", "steps", "space", "axes", *SPEC},

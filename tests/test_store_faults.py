@@ -358,6 +358,9 @@ INFRASTRUCTURE = [
     # As safetensors and torch.save say it.
     RuntimeError("I/O error: No space left on device (os error 28)"),
     RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    # As gloo and NCCL say that another worker is gone.
+    RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711"),
+    RuntimeError("NCCL error: remote process exited or there was a network error"),
     # As it comes back from another process.
     StageError("OSError: [Errno 28] No space left on device: '/x'"),
 ]
