@@ -87,7 +87,9 @@ class RaceGrowth:
 class SearchGrowth:
     """One configuration more, with all its seeds, whenever a worker has nothing to do."""
 
-    def __init__(self, sweep: Sweep, ended: Trials, database: Path) -> None:
+    def __init__(
+        self, sweep: Sweep, ended: Trials, database: Path, failed: Trials | None = None
+    ) -> None:
         from orchestrator.proposals import Proposer
 
         self._sweep, self._pool = sweep, pool_of(sweep)
@@ -100,6 +102,7 @@ class SearchGrowth:
             self._pool.configurations,
             database,
             self._outcomes(self._ids_by_axes(ended), ended),
+            _tried(self._pool, failed or {}),
         )
         self._open: dict[str, tuple[str, ...]] = {}
 
@@ -153,10 +156,11 @@ class SearchGrowth:
         }
 
 
-def growth_of(sweep: Sweep, ended: Trials, folder: Path) -> Growth:
-    """How a sweep grows. A search keeps its Optuna study in `folder`."""
+def growth_of(sweep: Sweep, ended: Trials, failed: Trials, folder: Path) -> Growth:
+    """How a sweep grows, given the trials that ended and those that `failed` before and are to be
+    tried again. A search keeps its Optuna study in `folder`."""
     if sweep.search.method != "grid":
-        return SearchGrowth(sweep, ended, folder / "optuna.db")
+        return SearchGrowth(sweep, ended, folder / "optuna.db", failed)
     return RaceGrowth(sweep) if sweep.scheduler.method == "race" else NoGrowth()
 
 

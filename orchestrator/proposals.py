@@ -40,7 +40,8 @@ class Ended:
 
 
 class Proposer:
-    """The search of one sweep. `candidates` are all configurations of its grid by `key_of`."""
+    """The search of one sweep. `candidates` are all configurations of its grid by `key_of`; of
+    those that have not `ended`, some are to be tried `again`."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Proposer:
         candidates: Mapping[str, Configuration],
         database: Path,
         ended: Mapping[str, Ended],
+        again: Sequence[str] = (),
     ) -> None:
         self._search, self._candidates = search, candidates
         self._space = _Space(grid)
@@ -58,7 +60,7 @@ class Proposer:
         self._seen: set[str] = set()
         """Configurations that were proposed, in this process or before."""
         self._again: list[str] = []
-        self._recall(ended)
+        self._recall(ended, again)
 
     def propose(self) -> Configuration | None:
         """A configuration that is to be run next; None when there is none left to try."""
@@ -87,9 +89,10 @@ class Proposer:
 
     # --- remembering
 
-    def _recall(self, ended: Mapping[str, Ended]) -> None:
+    def _recall(self, ended: Mapping[str, Ended], again: Sequence[str]) -> None:
         """Bring the study in line with the ledger: configurations that ended are told or added,
-        and those that were under way when the search last stopped come first."""
+        and those that are to be tried `again` or were under way when the search last stopped come
+        first."""
         import optuna
 
         states = optuna.trial.TrialState
@@ -109,6 +112,7 @@ class Proposer:
             failed_before = how.status == "failed" and key in self._seen
             if key in self._candidates and key not in decided and not failed_before:
                 self._add(key, how)
+        self._seen |= set(again)
         for key in sorted(self._seen - set(ended)):
             parameters = self._space.parameters(self._candidates[key])
             self._study.enqueue_trial(parameters, user_attrs={KEY: key})

@@ -14,7 +14,7 @@ from orchestrator import report as reporting
 from orchestrator import tuning
 from orchestrator.asking import check_tasks, harness_tasks
 from orchestrator.claims import judge
-from orchestrator.growth import growth_of, plan_with
+from orchestrator.growth import Trials, growth_of, plan_with
 from orchestrator.jobs import Job, make_jobs
 from orchestrator.ledger import Ledger
 from orchestrator.outline import greet
@@ -68,7 +68,8 @@ def run(
         (place.folder / "sweep.yaml").read_text(),
         ledger.tracked,
     )
-    this = _Run(sweep, place, ledger, mirror, options, out)
+    failed = {id_: t for id_, t in ledger.trials().items() if t.status == "failed"}
+    this = _Run(sweep, place, ledger, mirror, options, out, failed)
     planned, interrupted = this.trials(planned)
     return this.finish(planned, interrupted)
 
@@ -81,6 +82,13 @@ class _Run:
     mirror: Mirror
     options: Options
     out: Console
+    failed: Trials
+    """Trials that failed in a run before this one, which tries them again."""
+
+    def ended(self) -> Trials:
+        """Trials that this run need not begin: those that ended, unless they failed before it."""
+        trials = self.ledger.trials().items()
+        return {id_: trial for id_, trial in trials if trial is not self.failed.get(id_)}
 
     def trials(self, planned: SweepPlan) -> tuple[SweepPlan, bool]:
         """Run what is left; the plan with what came to it, and whether it was interrupted."""
@@ -114,11 +122,11 @@ class _Run:
         """Whether the run was interrupted."""
         board = Board(self.out, _titles(jobs, planned))
         begun = {job.job_id for job in jobs}
-        growth = growth_of(self.sweep, self.ledger.trials(), self.place.folder)
+        growth = growth_of(self.sweep, self.ended(), self.failed, self.place.folder)
 
         def more(idle: bool) -> Sequence[Job]:
             """The jobs that the trials that have ended make possible."""
-            ended = self.ledger.trials()
+            ended = self.ended()
             grown = growth.grown(ended, idle)
             if grown is None:
                 return ()
@@ -144,7 +152,7 @@ class _Run:
         except KeyboardInterrupt:
             return True
         finally:
-            growth.close(self.ledger.trials())
+            growth.close(self.ended())
         return summary.interrupted
 
     def judge(self, planned: SweepPlan) -> Judge:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_sweep
 
-from orchestrator.records import Records, read_parquet
+from orchestrator.ledger import Ledger
+from orchestrator.records import Records, TrialRecord, read_parquet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,10 +32,17 @@ SWEEP: dict[str, Any] = {
 }
 
 
-def run(folder: Path, sweep: dict[str, Any], *options: str) -> Records:
+def run(folder: Path, sweep: dict[str, Any], *options: str, status: int = 0) -> Records:
     done = small_sweep.run(small_sweep.write(folder, sweep), folder / "results", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return read_parquet(folder / "results" / "small" / "micro")
+
+
+def fail(folder: Path, trial: TrialRecord) -> None:
+    """Have the ledger say that the trial failed, as where its disk was full."""
+    reason = "No space left on device"
+    failed = replace(trial, status="failed", reason=reason, metrics={}, tokens_trained=None)
+    Ledger(folder / "results" / "small" / "micro" / "ledger.jsonl").trial(failed)
 
 
 def grid(records: Records, asked: bool = True) -> dict[str, str]:
@@ -56,6 +65,33 @@ def test_a_search_can_be_given_more_trials_and_repeats_none(tmp_path: Path) -> N
     with sqlite3.connect(tmp_path / "results" / "small" / "micro" / "optuna.db") as study:
         states = dict(study.execute("select state, count(*) from trials group by state"))
     assert states["COMPLETE"] == 5 and set(states) <= {"COMPLETE", "FAIL"}
+
+
+def test_a_configuration_of_a_search_that_failed_is_tried_again_by_the_next_start(
+    tmp_path: Path,
+) -> None:
+    searching = {**SWEEP, "search": {"method": "random", "trials": 2}}
+    first = run(tmp_path, searching)
+    fail(tmp_path, next(trial for trial in first.trials if trial.baseline is None))
+    again = run(tmp_path, searching)
+    assert grid(again) == grid(first)
+
+
+def test_a_failure_in_a_later_rung_is_tried_again_beside_one_in_the_first(tmp_path: Path) -> None:
+    rungs = [
+        {"name": "short", "set": {"distill.training.steps": 5}, "keep": 1},
+        {"name": "full"},
+    ]
+    racing = {
+        **SWEEP,
+        "axes": {"distill.training.learning_rate": [0.001, 1e30]},
+        "scheduler": {"method": "race", "metric": "lm_loss.after", "rungs": rungs},
+    }
+    first = run(tmp_path, racing, status=1)
+    assert sorted(grid(first).values()) == ["completed", "completed", "failed"]
+    fail(tmp_path, max(first.trials, key=lambda trial: trial.tokens_trained or 0))
+    again = run(tmp_path, racing, status=1)
+    assert grid(again) == grid(first)
 
 
 def test_a_trial_that_was_stopped_keeps_what_it_measured_and_goes_on_when_asked(

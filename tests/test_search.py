@@ -230,6 +230,28 @@ def test_each_configuration_is_run_with_every_seed_and_known_again(tmp_path: Pat
     assert later.grown(ended, idle=True) is None
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_failed_in_an_earlier_run_is_tried_again_and_learned_from(
+    tmp_path: Path, lost: bool
+) -> None:
+    """Where the study is lost, or another one because the grid has changed, too."""
+    asked = sweep(tmp_path, search={"trials": 3})
+    growth, ended = SearchGrowth(asked, {}, tmp_path / "optuna.db"), dict[str, TrialRecord]()
+    while (planned := growth.grown(ended, idle=True)) is not None:
+        (new,) = set(grid_of(planned)) - set(ended)
+        ended[new] = record(planned, new, None if len(ended) == 1 else 3.0, len(ended))
+    growth.close(ended)
+    failed = {id_: trial for id_, trial in ended.items() if trial.status == "failed"}
+    kept = {id_: trial for id_, trial in ended.items() if id_ not in failed}
+    if lost:
+        (tmp_path / "optuna.db").unlink()
+    later = SearchGrowth(asked, kept, tmp_path / "optuna.db", failed)
+    planned = later.grown(kept, idle=True)
+    assert planned is not None and set(grid_of(planned)) - set(kept) == set(failed)
+    assert later.grown(kept | {i: record(planned, i, 2.0, 9.0) for i in failed}, idle=True) is None
+    assert states(tmp_path)["COMPLETE"] == 3
+
+
 def test_a_search_that_gains_an_axis_does_not_run_again_what_it_finds_done(
     tmp_path: Path,
 ) -> None:
