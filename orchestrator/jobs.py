@@ -141,7 +141,7 @@ class JobQueue:
     def finish(self, job_id: str, outcome: Outcome, reason: str | None) -> list[tuple[Job, str]]:
         """Note the end of a running job; gives the jobs that can now never run, and why."""
         job = self.running.pop(job_id)
-        if outcome == "lost":
+        if outcome in ("lost", "interrupted"):
             self.waiting.insert(0, job)
         if outcome == "completed" and job.then is not None:
             self.waiting.append(job.then)

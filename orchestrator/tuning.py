@@ -15,10 +15,11 @@ import signal
 import tempfile
 import time
 import traceback
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +68,9 @@ class Place:
     profile: str
     folder: Path
     store: Store
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """A name of its own for what asks workers to stop: over NFS, they may go on seeing a file of an
+    earlier run for a minute after it was removed."""
 
     def requested_by(self, trial_id: str) -> str:
         """Who asked for an artifact, as its manifest names it."""
@@ -75,7 +79,7 @@ class Place:
     @property
     def stop_file(self) -> Path:
         """Its existence asks every worker to save and stop."""
-        return self.folder / ".stop"
+        return self.folder / f".stop-{self.run}"
 
     def early_stop_file(self, job_id: str) -> Path:
         """Its existence asks the worker of one trial to save and stop: it is not worth more."""
@@ -84,7 +88,14 @@ class Place:
     @property
     def early_stops(self) -> Path:
         """The folder of those files."""
-        return self.folder / ".early"
+        return self.folder / f".early-{self.run}"
+
+    def remove_stops(self) -> None:
+        """Remove what asked workers to stop, in this run or in one that was killed."""
+        for file in self.folder.glob(".stop-*"):
+            file.unlink(missing_ok=True)
+        for folder in self.folder.glob(".early-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- in the worker ---------------------------------------------------------------------------
@@ -234,6 +245,8 @@ class _Desk:
     def ended(self, job: Job, result: Mapping[str, Any]) -> None:
         """Record what a job's result says, and fail what can no longer run."""
         outcome, reason = result["outcome"], result["reason"]
+        if outcome == "interrupted" and not self.queue.stopping:
+            outcome, reason = "lost", "it stopped, and nobody had asked it to"
         stages = [StageRecord(**record) for record in result["stages"]]
         collected: execute.Collected | None = None
         scores: list[Sequence[BlockScore]] = []
@@ -385,8 +398,7 @@ def run(
     none waits. Ctrl-C once saves and stops, twice stops at once."""
     queue = JobQueue(list(jobs), more)
     desk = _Desk(queue, place, ledger, mirror, watcher, judge or NoJudge())
-    place.stop_file.unlink(missing_ok=True)
-    shutil.rmtree(place.early_stops, ignore_errors=True)
+    place.remove_stops()
     most = max_concurrent or resources.max_concurrent
     with _interruptible(queue, place.stop_file):
         while True:
@@ -398,7 +410,7 @@ def run(
             if ran_out is None:
                 break
             most = desk.memory_ran_out(at_once, ran_out)
-    place.stop_file.unlink(missing_ok=True)
+    place.remove_stops()
     return Summary(desk.completed, desk.stopped, desk.failed, queue.stopping)
 
 

@@ -103,6 +103,18 @@ def test_a_job_that_is_lost_with_its_machine_is_tried_again_but_not_for_ever(
     assert queue.tried_enough(first.job_id)
 
 
+def test_a_job_that_is_interrupted_waits_again(tmp_path: Path) -> None:
+    _, jobs = jobs_of(tmp_path)
+    queue = JobQueue(list(jobs))
+    first = begun(queue)
+    assert first.shared and queue.finish(first.job_id, "interrupted", None) == []
+    assert not queue.exhausted
+    assert begun(queue) is first
+    queue.stopping = True
+    queue.finish(first.job_id, "interrupted", None)
+    assert queue.take() is None and queue.exhausted
+
+
 def test_a_job_that_was_handed_out_and_not_begun_is_no_attempt(tmp_path: Path) -> None:
     _, jobs = jobs_of(tmp_path)
     queue = JobQueue(list(jobs))
