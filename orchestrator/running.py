@@ -168,8 +168,7 @@ class _Run:
         """The jobs that make the winner's checkpoint again where it was lost or damaged: its trial
         is finished, so that nothing else would."""
         ids = {trial.trial.trial_id for trial in planned.trials}
-        records = self.ledger.records(self.sweep.name, self.sweep.profile)
-        select = self.sweep.select
+        records, select = self.records(planned).asked, self.sweep.select
         won = _won(rank(records, select.metric, select.mode, self.sweep.finalists), planned)
         if won is None or self.place.store.found(won.student.stage_id) is not None:
             return ()
@@ -206,25 +205,25 @@ class _Run:
         return replace(records, trials=tuple(trials))
 
     def copy_winner(self, ranking: Ranking | None, planned: SweepPlan) -> None:
-        """`best/`: the winner's checkpoint as a folder of its own, replaced whole."""
-        won = _won(ranking, planned)
-        if won is None:
-            return
-        store, model = self.place.store, won.student
-        try:
-            store.fetch(model.stage_id)
-        except DamagedArtifactError as error:
-            self.out.print(f"[yellow]warning[/]: best/ stays as it was: {escape(str(error))}")
-            return
-        folder = self.place.folder
+        """`best/`: the winner's checkpoint as a folder of its own, replaced whole. Where there is
+        no winner or its checkpoint is lost, no other model stays there."""
+        won, store, folder = _won(ranking, planned), self.place.store, self.place.folder
         beside, target, of = folder / "best.part", folder / "best", folder / "best.trial"
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(store.path(model.stage_id) / "model", beside)
+        try:
+            if won is not None:
+                store.fetch(won.student.stage_id)
+                shutil.copytree(store.path(won.student.stage_id) / "model", beside)
+        except DamagedArtifactError as error:
+            if won and of.is_file() and of.read_text().strip() == won.trial.trial_id:
+                return
+            self.out.print(f"[yellow]warning[/]: there is no best/: {escape(str(error))}")
         of.unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
-        # Beside it and not inside: another sweep may take the folder for its source, by content.
-        of.write_text(f"{won.trial.trial_id}\n")
+        if won is not None and beside.is_dir():
+            beside.rename(target)
+            # Beside it and not inside: the folder may be another sweep's source, by its content.
+            of.write_text(f"{won.trial.trial_id}\n")
 
     def close(self, records: Records, ranking: Ranking | None, warnings: Sequence[str]) -> None:
         """The last lines: the table, the winner, failures, and where to look next."""
@@ -238,7 +237,9 @@ class _Run:
         for warning in warnings:
             out.print(f"[yellow]MLflow[/]: {escape(warning)}")
         out.print(escape(reporting.summary(chosen, self.sweep.select.metric)))
-        out.print(f"report: {self.place.folder}/report.html   winner: {self.place.folder}/best")
+        best = self.place.folder / "best"
+        where = f"   winner: {best}" if best.is_dir() else ""
+        out.print(f"report: {self.place.folder}/report.html{where}")
         out.print("compare runs: orchestrate ui")
 
 
@@ -255,5 +256,4 @@ def _won(ranking: Ranking | None, planned: SweepPlan) -> TrialPlan | None:
     chosen = winner(ranking)
     if chosen is None:
         return None
-    # It may be of an earlier, larger form of this sweep.
-    return next((t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id), None)
+    return next(t for t in planned.trials if t.trial.trial_id == chosen.trial.trial_id)
