@@ -60,6 +60,9 @@ class Clock:
     memory_mb: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+    def waits(self, reason: str) -> None:
+        """See `tuning.Watcher`."""
+
     def started(self, job_id: str) -> None:
         """See `tuning.Watcher`."""
 

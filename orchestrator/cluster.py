@@ -74,9 +74,8 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Joined:
-    """A Ray that this process has joined: all its CPUs, and where its dashboard should be."""
+    """A Ray that this process has joined, and where its dashboard should be."""
 
-    cpus: int
     dashboard: str | None
 
 
@@ -99,8 +98,7 @@ def joined(address: str | None, dashboard: bool) -> Iterator[Joined]:
         where = f"at {address}" if address else "could be started"
         raise UnreachableError(f"no Ray {where}: {first_line(error)}") from error
     try:
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        yield Joined(max(1, cpus), context.dashboard_url or None)
+        yield Joined(context.dashboard_url or None)
     finally:
         time.sleep(SETTLE_S)
         ray.shutdown()
@@ -160,6 +158,50 @@ def host_and_port(address: str) -> tuple[str, int]:
             f"{address!r} is no address of a Ray cluster: give HOST:PORT or auto"
         )
     return host.strip("[]"), int(port)
+
+
+# --- room ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Room:
+    """CPUs and GPUs: those of a node, or those that a worker takes."""
+
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+
+    def holds(self, worker: Room) -> int:
+        """How many such workers find a place here."""
+        by_cpu = int(self.cpus // worker.cpus)
+        return min(by_cpu, int(self.gpus / worker.gpus)) if worker.gpus else by_cpu
+
+
+def rooms() -> tuple[Room, ...]:
+    """The nodes of the Ray that this process has joined."""
+    import ray
+
+    return tuple(_room(node) for node in ray.nodes() if node["Alive"])
+
+
+def _room(node: Mapping[str, Any]) -> Room:
+    has = node["Resources"]
+    return Room(float(has.get("CPU", 0)), float(has.get("GPU", 0)))
+
+
+@contextmanager
+def asked_for(worker: Room, workers: int) -> Iterator[None]:
+    """While open, a cluster that starts nodes when they are needed is told that these are."""
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = {"CPU": worker.cpus} | ({"GPU": worker.gpus} if worker.gpus else {})
+    request_resources(bundles=[wanted] * workers)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 # --- looking ---------------------------------------------------------------------------------
@@ -254,19 +296,18 @@ def _node(node: Mapping[str, Any], marks: Mapping[str, str]) -> Node:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    resources = node["Resources"]
-    gpus = float(resources.get("GPU", 0))
+    room = _room(node)
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_on_node)
     found: dict[str, Any] = {"visible_gpus": None, "versions": {}}
     found |= {"compiler": False, "shares": dict.fromkeys(marks, False), "hub_cache": ""}
     problem = None
     try:
-        found = ray.get(task.remote(marks, gpus > 0), timeout=LOOK_S / 2)
+        found = ray.get(task.remote(marks, room.gpus > 0), timeout=LOOK_S / 2)
     except Exception as error:  # whatever keeps a node from working is what is asked for here
         problem = first_line(error)
     name = node["NodeName"] or node["NodeManagerAddress"]
-    return Node(name, float(resources.get("CPU", 0)), gpus, problem=problem, **found)
+    return Node(name, room.cpus, room.gpus, problem=problem, **found)
 
 
 def _on_node(marks: Mapping[str, str], has_gpus: bool) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orchestrator import cluster, footprint, tracking
-from orchestrator.cluster import Node, UnreachableError, View
+from orchestrator.cluster import Node, Room, UnreachableError, View
 from orchestrator.plan import SweepPlan
 from orchestrator.spec import Resources
 from orchestrator.store import Store
@@ -493,8 +493,7 @@ def _room(seen: View, needs: Needs) -> Check:
 
 def _fitting(node: Node, needs: Needs) -> int:
     """How many workers the node takes."""
-    by_cpu = int(node.cpus // needs.cpus)
-    return min(by_cpu, int(node.gpus / needs.gpus)) if needs.gpus else by_cpu
+    return Room(node.cpus, node.gpus).holds(Room(needs.cpus, needs.gpus))
 
 
 def _node(node: Node, hub_cache: str | None = None) -> Check:

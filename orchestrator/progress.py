@@ -87,6 +87,10 @@ class Board:
             vertical_overflow="visible",
         )
 
+    def waits(self, reason: str) -> None:
+        """No job can be begun yet."""
+        self._console.print(reason, highlight=False, soft_wrap=True, markup=False)
+
     def started(self, job_id: str) -> None:
         """A worker has taken the job."""
         row = self._rows[job_id]

@@ -17,6 +17,7 @@ import time
 import traceback
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -43,10 +44,15 @@ LOOK_EVERY_S = 0.5
 LOW_ON_MEMORY = "the worker was killed as its node ran low on memory"
 REPORT_EVERY_S = 4.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
+NODES_S = 600.0
+"""How long the nodes of a cluster may take to join, or to be started, until a trial has room."""
 
 
 class Watcher(Protocol):
     """Who shows a person how the sweep is going."""
+
+    def waits(self, reason: str) -> None:
+        """No job can be begun yet."""
 
     def started(self, job_id: str) -> None:
         """A worker has taken the job."""
@@ -400,26 +406,28 @@ def run(
     desk = _Desk(queue, place, ledger, mirror, watcher, judge or NoJudge())
     place.remove_stops()
     most = max_concurrent or resources.max_concurrent
-    with _interruptible(queue, place.stop_file):
-        while True:
-            # A new Ray each time: what the old one had promised to workers goes with it.
-            with _ray(address, resources.workers > 1) as cores, _scratch() as scratch:
-                _check_room(resources, cores)
-                at_once = _at_once(resources, cores, most)
-                ran_out = _fit(_tuner(desk, resources, cores, at_once, scratch))
-            if ran_out is None:
-                break
-            most = desk.memory_ran_out(at_once, ran_out)
+    while True:
+        # A new Ray each time: what the old one had promised to workers goes with it.
+        with (
+            _ray(address, resources, watcher) as room,
+            _scratch() as scratch,
+            _interruptible(queue, place.stop_file),
+        ):
+            at_once = _at_once(resources, room, most)
+            ran_out = _fit(_tuner(desk, resources, room, at_once, scratch))
+        if ran_out is None:
+            break
+        most = desk.memory_ran_out(at_once, ran_out)
     place.remove_stops()
     return Summary(desk.completed, desk.stopped, desk.failed, queue.stopping)
 
 
-def _at_once(resources: Resources, cores: int, most: int | None) -> int:
+def _at_once(resources: Resources, room: _Room, most: int | None) -> int:
     """How many trials may run at a time."""
-    at_once = most or cores
+    at_once = most or (room.trials if resources.gpus_per_worker else room.cpus)
     if resources.workers > 1:
         # Ray Train makes placement groups that Tune knows nothing of: together they must fit.
-        at_once = min(at_once, cores // (resources.workers * resources.cpus_per_trial))
+        at_once = min(at_once, room.trials)
     return max(1, at_once)
 
 
@@ -439,13 +447,13 @@ def _fit(tuner: Any) -> str | None:
     return None
 
 
-def _tuner(desk: _Desk, resources: Resources, cores: int, at_once: int, scratch: Path) -> Any:
+def _tuner(desk: _Desk, resources: Resources, room: _Room, at_once: int, scratch: Path) -> Any:
     from ray import tune
 
     trainable = tune.with_resources(
         run_jobs, lambda config: tune.PlacementGroupFactory([config["bundle"]])
     )
-    describe = _describer(desk.place, resources, cores)
+    describe = _describer(desk.place, resources, room.widest)
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -462,22 +470,65 @@ def _tuner(desk: _Desk, resources: Resources, cores: int, at_once: int, scratch:
     )
 
 
-def _check_room(resources: Resources, cores: int) -> None:
-    """Ray would wait for ever for workers that there is no room for."""
-    needed = resources.workers * resources.cpus_per_trial
-    if resources.workers > 1 and needed > cores:
-        raise NoRoomError(
-            f"resources: {resources.workers} workers of {resources.cpus_per_trial} CPUs each need "
-            f"{needed} CPUs, and there are {cores}"
-        )
-
-
 class NoRoomError(Exception):
     """The cluster is too small for one trial."""
 
 
+@dataclass(frozen=True)
+class _Room:
+    """What the nodes of a Ray hold: all their CPUs, those of the largest node that a worker may be
+    on, and how many trials find a place at the same time."""
+
+    cpus: int
+    widest: int
+    trials: int
+
+
+def _room(resources: Resources, nodes: Sequence[cluster.Room]) -> _Room:
+    gpus = resources.gpus_per_worker
+    widest = int(max((node.cpus for node in nodes if node.gpus >= gpus), default=0))
+    cpus = resources.cpus_per_trial
+    if resources.workers == 1:  # it makes do with the CPUs that there are
+        cpus = max(1, min(cpus, widest))
+    worker = cluster.Room(cpus, gpus)
+    trials = sum(node.holds(worker) for node in nodes) // resources.workers
+    return _Room(int(sum(node.cpus for node in nodes)), widest, trials)
+
+
+def _room_for_a_trial(resources: Resources, address: str | None, watcher: Watcher) -> _Room:
+    """What the nodes hold, once that is a trial. A cluster is given a while for nodes that still
+    join, or are started when they are needed. Raises `NoRoomError`: Ray would wait for ever."""
+    nodes = cluster.rooms()
+    if not _room(resources, nodes).trials and address is not None:
+        watcher.waits(f"{_lacking(resources, nodes)}; waiting for more, {NODES_S / 60:g} minutes")
+        nodes = _more_nodes(resources)
+    room = _room(resources, nodes)
+    if not room.trials:
+        raise NoRoomError(f"resources: {_lacking(resources, nodes)}")
+    return room
+
+
+def _more_nodes(resources: Resources) -> tuple[cluster.Room, ...]:
+    """The nodes when a trial has room on them, or has waited for long enough."""
+    deadline = time.monotonic() + NODES_S
+    worker = cluster.Room(resources.cpus_per_trial, resources.gpus_per_worker)
+    with cluster.asked_for(worker, resources.workers):
+        while not _room(resources, nodes := cluster.rooms()).trials:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_EVERY_S)
+    return nodes
+
+
+def _lacking(resources: Resources, nodes: Sequence[cluster.Room]) -> str:
+    worker = cluster.Room(resources.cpus_per_trial, resources.gpus_per_worker)
+    several = f"{resources.workers} workers, each" if resources.workers > 1 else "one worker"
+    found = ", ".join(f"{number} x {node}" for node, number in Counter(nodes).items())
+    return f"there is no room for {several} of {worker}; the nodes: {found}"
+
+
 def _describer(
-    place: Place, resources: Resources, cores: int
+    place: Place, resources: Resources, widest: int
 ) -> Callable[[Sequence[Job]], dict[str, Any]]:
     several = resources.workers > 1
 
@@ -504,7 +555,7 @@ def _describer(
         }
 
     def describe(jobs: Sequence[Job]) -> dict[str, Any]:
-        cpus = min(jobs[0].cpus, cores)
+        cpus = min(jobs[0].cpus, widest)
         bundle = {"CPU": workers.WAITING_CPU if several else float(cpus)}
         if resources.gpus_per_worker and not several:
             bundle["GPU"] = resources.gpus_per_worker
@@ -585,8 +636,8 @@ def _callback(desk: _Desk) -> Any:
 
 
 @contextmanager
-def _ray(address: str | None, dashboard: bool) -> Iterator[int]:
-    """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its CPUs."""
+def _ray(address: str | None, resources: Resources, watcher: Watcher) -> Iterator[_Room]:
+    """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its room."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a banner whatever `verbose` says
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -595,8 +646,8 @@ def _ray(address: str | None, dashboard: bool) -> Iterator[int]:
     # A trial of several workers that is stopped early leaks its placement group unless the
     # dashboard is there; for one worker each it would only cost memory.
     try:
-        with cluster.joined(address, dashboard) as found:
-            yield found.cpus
+        with cluster.joined(address, dashboard=resources.workers > 1):
+            yield _room_for_a_trial(resources, address, watcher)
     except cluster.UnreachableError as error:
         raise NoRoomError(str(error)) from error
 

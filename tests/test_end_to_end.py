@@ -359,8 +359,15 @@ def test_a_failure_on_two_workers_is_told_in_the_stages_words(tmp_path: Path) ->
     assert "the loss is" in failed["reason"] and "at step" in failed["reason"]
 
 
-def test_more_workers_than_there_is_room_for_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("resources.workers=999", "999 workers"),
+        ("resources.gpus_per_worker=999", "one worker of 1 CPUs and 999 GPUs"),
+    ],
+)
+def test_more_than_there_is_room_for_is_refused(tmp_path: Path, setting: str, told: str) -> None:
     sweep = small_sweep.write(tmp_path / "sweeps", TOGETHER, "together")
-    done = small_sweep.run(sweep, tmp_path / "results", "--set", "resources.workers=999")
+    done = small_sweep.run(sweep, tmp_path / "results", "--set", setting)
     assert done.returncode == 2
-    assert "999 workers" in done.stderr
+    assert told in done.stderr

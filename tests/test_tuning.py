@@ -1,25 +1,31 @@
-"""What the driver makes of what its workers report, without any Ray."""
+"""What the driver makes of what its workers report, and of the room that there is for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import small_sweep
 
+from orchestrator import tuning
+from orchestrator.cluster import Room
 from orchestrator.jobs import ATTEMPTS, JobQueue, Outcome, make_jobs
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
 from orchestrator.space import enumerate_trials
-from orchestrator.spec import load
+from orchestrator.spec import Resources, load
 from orchestrator.stopping import NoJudge
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
-from orchestrator.tuning import Place, _Desk
+from orchestrator.tuning import NoRoomError, Place, _Desk, _ray, _room
 
 
 class Silent:
     """A watcher that looks away."""
+
+    def waits(self, reason: str) -> None: ...
 
     def started(self, job_id: str) -> None: ...
 
@@ -56,6 +62,65 @@ def test_a_job_that_stops_unasked_is_tried_again_and_in_the_end_a_row_with_its_r
     assert work.queue.exhausted
     assert set(ledger.trials()) == trials
     assert all("nobody had asked" in str(t.reason) for t in ledger.trials().values())
+
+
+SMALL, LARGE, GPUS = Room(1, 0), Room(4, 0), Room(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "trials"),
+    [
+        ({}, [SMALL, SMALL], 2),
+        ({"cpus_per_trial": 2}, [LARGE], 2),
+        ({"cpus_per_trial": 8}, [SMALL, LARGE], 1),
+        ({"gpus_per_worker": 1}, [LARGE], 0),
+        ({"gpus_per_worker": 1}, [LARGE, GPUS], 4),
+        ({"gpus_per_worker": 0.5, "cpus_per_trial": 2}, [GPUS], 4),
+        ({"gpus_per_worker": 8}, [GPUS, GPUS], 0),
+        ({"workers": 2}, [SMALL, SMALL, SMALL], 1),
+        ({"workers": 2, "cpus_per_trial": 2}, [SMALL] * 4, 0),
+        ({"workers": 2, "gpus_per_worker": 1}, [LARGE, LARGE], 0),
+        ({"workers": 4, "gpus_per_worker": 1}, [GPUS, GPUS], 2),
+        ({"workers": 2}, [Room(0, 0), LARGE], 2),
+        ({}, [Room(0, 0)], 0),
+    ],
+)
+def test_a_trial_has_room_where_nodes_hold_each_of_its_workers(
+    asked: dict[str, Any], nodes: list[Room], trials: int
+) -> None:
+    assert _room(Resources(**asked), nodes).trials == trials
+
+
+def test_a_worker_takes_no_more_cpus_than_a_node_that_has_its_gpus() -> None:
+    assert _room(Resources(cpus_per_trial=2), [SMALL, SMALL]).widest == 1
+    assert _room(Resources(gpus_per_worker=1), [Room(64, 0), GPUS]).widest == 8
+
+
+@pytest.mark.slow
+def test_a_cluster_is_given_a_while_for_nodes_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+
+    class Adds(Silent):
+        def waits(self, reason: str) -> None:
+            assert "2 workers, each of 1 CPUs; the nodes: 1 x 1 CPUs" in reason
+            made.add_node(num_cpus=1)
+
+    try:
+        with _ray(made.address, Resources(workers=2), Adds()) as room:
+            assert room.trials == 1
+        monkeypatch.setattr(tuning, "NODES_S", 1.0)
+        asked = Resources(gpus_per_worker=1)
+        with (
+            pytest.raises(NoRoomError, match="one worker of 1 CPUs and 1 GPUs"),
+            _ray(made.address, asked, Silent()),
+        ):
+            pass
+    finally:
+        made.shutdown()
 
 
 def test_what_asked_an_earlier_run_to_stop_asks_no_later_one(tmp_path: Path) -> None:
