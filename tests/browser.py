@@ -2,7 +2,7 @@
 
 A test module says `pytest_plugins = ["browser"]` and takes the fixture `browser`; it imports this
 module for types only, as pytest wants to be first. Tests that take the fixture are skipped where
-Chromium, its driver or selenium is missing; `make browser` and `make test` bring them.
+Chromium, its driver or selenium is missing; `make test` brings them, `make browser` the first two.
 """
 
 from __future__ import annotations

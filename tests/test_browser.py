@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from browser import Browser
 
 pytest_plugins = ["browser"]
+
+ROOT = Path(__file__).parent.parent
 
 
 def page(folder: Path, body: str) -> Path:
@@ -50,3 +54,29 @@ def test_a_machine_without_chromium_is_told_what_brings_it(monkeypatch: pytest.M
 
     monkeypatch.setenv("PATH", "")
     assert browser.missing() == "there is no chromium here: make browser"
+
+
+def make(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("make")
+    assert program is not None
+    environment = None if path is None else {"PATH": str(path)}
+    command = [program, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_make_test_brings_the_browser_before_any_test_looks_for_it() -> None:
+    said = make("-n", "test").stdout
+    assert 0 < said.find("install -y --no-install-recommends chromium") < said.find("-m pytest")
+
+
+@pytest.mark.parametrize("apt", ["exit 100", None], ids=["apt fails", "no apt"])
+def test_a_machine_that_can_bring_no_browser_goes_on_and_is_told(
+    apt: str | None, tmp_path: Path
+) -> None:
+    programs = {"id": "echo 0"} | ({} if apt is None else {"apt-get": apt})
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    done = make("browser", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "page tests are skipped" in done.stdout

@@ -137,6 +137,21 @@ def choose(browser: Browser, list_: str, wanted: str) -> None:
 
 
 @pytest.mark.slow
+def test_ui_serves_a_page_and_the_runs_of_the_results(shown: Shown) -> None:
+    with urllib.request.urlopen(shown.address, timeout=60) as answer:
+        assert b"<title>MLflow</title>" in answer.read()
+    wanted = {"experiment_ids": [shown.experiment], "max_results": 1000}
+    search = urllib.request.Request(
+        f"{shown.address}/api/2.0/mlflow/runs/search",
+        json.dumps(wanted).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(search, timeout=60) as answer:
+        ids = {run["info"]["run_id"] for run in json.load(answer)["runs"]}
+    assert {run.info.run_id for run in shown.runs.values()} <= ids
+
+
+@pytest.mark.slow
 def test_the_compare_page_draws_axes_and_metrics_of_all_trials(
     browser: Browser, shown: Shown
 ) -> None:
