@@ -23,6 +23,7 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from memory_meter import Meter, Saved
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator import demand, estimate
@@ -206,8 +207,16 @@ def tensors() -> dict[int, Tensor]:
     """All tensors that Python knows, gradients included, one for each storage."""
     gc.collect()
     found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    # Whatever was compiled in this process before has left some that have no bytes.
+    found = [each for each in found if not isinstance(each, FakeTensor)]
     found += [each.grad for each in found if each.is_leaf and each.grad is not None]
     return {each.untyped_storage().data_ptr(): each for each in found}
+
+
+def test_fake_tensors_that_others_left_are_not_counted() -> None:
+    with FakeTensorMode():
+        left = torch.zeros(3)
+    assert not any(each is left for each in tensors().values())
 
 
 def states_in_training(found: Run) -> int:
@@ -290,8 +299,6 @@ def fake_model(shape: Shape, precision: str) -> PreTrainedModel:
 def peak_of(found: Run, loss: DistillLoss) -> int:
     """Bytes at the fullest moment of a batch's second forward and backward pass, without running
     it: PyTorch's fake tensors have a size and no content."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode(), Meter() as meter:
         student = fake_model(found.student, found.training.precision).train()
         if found.training.engine.gradient_checkpointing:
@@ -333,8 +340,6 @@ NEMOTRON = WIDE | {"model_type": "nemotron", "hidden_size": 3072, "intermediate_
 def test_the_fullest_moment_of_a_forward_pass_is_what_is_estimated(
     config: dict[str, Any], precision: str
 ) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     shape = shape_of(config)
     with FakeTensorMode(), Meter() as meter, torch.no_grad():
         model = fake_model(shape, precision).eval()
