@@ -9,20 +9,33 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+import made_up
 import pytest
 import small_sweep
 from click.testing import CliRunner, Result
 
 from orchestrator.cli import app
+from orchestrator.ledger import Ledger
+from orchestrator.records import write_parquet
+from orchestrator.spec import load
 
 ROOT = Path(__file__).parent.parent
 
 
 def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def plan_of(sweep: Path, results: Path) -> dict[str, Any]:
+    result = call("plan", sweep, "--json", "--results", results)
+    assert result.exit_code == 0, result.output
+    plan: dict[str, Any] = json.loads(result.output)
+    return plan
 
 
 def test_every_command_shows_an_example_and_says_what_its_options_are_for() -> None:
@@ -37,10 +50,7 @@ def test_every_command_shows_an_example_and_says_what_its_options_are_for() -> N
 
 
 def test_the_plan_as_json_says_what_would_run(tmp_path: Path) -> None:
-    sweep = small_sweep.write(tmp_path)
-    result = call("plan", sweep, "--json", "--results", tmp_path / "results")
-    assert result.exit_code == 0
-    plan = json.loads(result.output)
+    plan = plan_of(small_sweep.write(tmp_path), tmp_path / "results")
     assert plan["total"]["trials"] == 6
     assert plan["total"]["trials_done"] == 0
     student = plan["trials"][1]
@@ -111,6 +121,46 @@ def test_what_needs_results_says_so_where_there_are_none(tmp_path: Path, command
     result = call(command, sweep, "--results", tmp_path / "results")
     assert result.exit_code == 2
     assert "run" in result.output
+
+
+def as_if_run(sweep: Path, results: Path) -> Path:
+    """What a run of the small sweep leaves: the folder of its results."""
+    folder = results / "small" / "micro"
+    ledger = Ledger(folder / "ledger.jsonl")
+    ids = [trial["trial_id"] for trial in plan_of(sweep, results)["trials"]]
+    for position, id_ in enumerate(ids):
+        trial = made_up.trial("perplexity", 0, position, {"accuracy.mean": 0.5})
+        ledger.trial(replace(trial, trial_id=id_, sweep="small", profile="micro"))
+    write_parquet(ledger.records("small", "micro", ids), folder)
+    (folder / "sweep.yaml").write_text(load(sweep).dump_yaml(relative_to=folder))
+    for name in ("best/model.safetensors", "logs/worker.log", "figures/old.png"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_what_people_read_is_published_and_no_checkpoint_ledger_or_log(tmp_path: Path) -> None:
+    sweep, results = small_sweep.write(tmp_path), tmp_path / "results"
+    as_if_run(sweep, results)
+    assert call("publish", sweep, "--results", results).exit_code == 0
+    published = results / "published" / "small" / "micro"
+    records = {f"{name}.parquet" for name in ("trials", "stages", "curves", "items", "importance")}
+    made = {"sweep.yaml", "report.html", "best.json", "tables", "figures"}
+    assert {path.name for path in published.iterdir()} == records | made
+    files = [path for path in published.rglob("*") if path.is_file()]
+    kinds = {"tables": {".md", ".csv", ".tex"}, "figures": {".png", ".svg"}}
+    for folder, allowed in kinds.items():
+        assert {file.suffix for file in files if file.parent.name == folder} <= allowed
+    assert "old.png" not in {file.name for file in files}
+
+
+def test_what_is_published_is_never_taken_for_a_run(tmp_path: Path) -> None:
+    sweep, results = small_sweep.write(tmp_path), tmp_path / "results"
+    ran = as_if_run(sweep, results)
+    assert call("publish", sweep, "--results", results).exit_code == 0
+    assert plan_of(sweep, results)["total"]["trials_done"] == 6
+    shutil.rmtree(ran.parent)  # as in a fresh clone
+    assert plan_of(sweep, results)["total"]["trials_done"] == 0
 
 
 def test_what_was_published_stays_where_it_cannot_be_published_again(tmp_path: Path) -> None:
