@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,8 +251,10 @@ def test_processes_of_several_machines_build_once_and_follow_one_that_is_killed(
         return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
 
     killed = ask("killed", 1000)
+    deadline = time.monotonic() + 60
     while not (log.exists() and "begins" in log.read_text()):
-        assert killed.poll() is None
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
     others = [ask(f"machine{number}", 4) for number in range(3)]
     killed.kill()
     killed.wait()
