@@ -8,7 +8,7 @@ difference of one percent between two runs would drown in their noise, so each p
 is metered by itself, in CPU seconds of all threads:
 
     curve    keeping the training curve, and writing it at the end (in the worker)
-    report   telling the driver how far the trial is, every two seconds at most (in the worker)
+    report   telling the driver how far the trial is, every four seconds at most (in the worker)
     driver   what the driver and Ray's own processes use more while the worker reports than while it
              does not: taking the report in, and passing it on
     trial    once a trial: reading its measurements, writing them and its stages to the ledger, each
