@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from pydantic import TypeAdapter
 
 from orchestrator import selection, tables
 from orchestrator.asked import Claim
-from orchestrator.records import Records, read_parquet
+from orchestrator.records import Records, TrialRecord, read_parquet
 
-PUBLISHED = Path(__file__).parent.parent / "results" / "published"
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "results" / "published"
 FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/*/trials.parquet"))
 
 
@@ -77,3 +80,54 @@ def test_the_best_and_the_worst_way_to_prune_differ_by_more_than_their_intervals
     best, worst = ranking.configurations[0].estimate, ranking.configurations[-1].estimate
     assert best.low is not None and worst.high is not None
     assert best.low > worst.high
+
+
+COLUMNS = {
+    "LM loss before": ("lm_loss.before", 2),
+    "LM loss after": ("lm_loss.after", 2),
+    "KL to the teacher": ("kd_loss.after", 2),
+    "accuracy, select half": ("accuracy.mean", 3),
+    "requests a second": ("throughput.mean", 2),
+    "time to first token": ("first_token_ratio.mean", 2),
+}
+"""A heading of a table in the README -> metric and decimals."""
+
+
+@pytest.mark.parametrize(
+    ("sweep", "first"),
+    [
+        ("depth_ablation", "| layers chosen by |"),
+        ("width_vs_depth", "| what is cut | parameters | LM loss before |"),
+        ("throughput", "| what is cut | parameters | requests a second |"),
+    ],
+)
+def test_every_row_of_the_readmes_tables_is_a_configuration_that_was_published(
+    sweep: str, first: str
+) -> None:
+    records = read_parquet(PUBLISHED / sweep / "smollm2_local")
+    published = [_rounded(trials) for trials in selection.groups(records.asked.trials)]
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index(first) :].split("\n\n")[0]
+    heading, _, *rows = [_cells(line) for line in table.splitlines()]
+    for row in rows:
+        told = {
+            COLUMNS[name][0]: float(number[0])
+            for name, cell in zip(heading, row, strict=True)
+            if name in COLUMNS and (number := re.findall(r"[\d.]+", cell))
+        }
+        assert told, row
+        assert any(told.items() <= each.items() for each in published), row
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def _rounded(trials: Sequence[TrialRecord]) -> dict[str, float]:
+    """By metric the mean over seeds, as the README gives it."""
+    found = {}
+    for metric, digits in COLUMNS.values():
+        values = [v for t in trials if (v := selection.value_of(t, metric)) is not None]
+        if values:
+            found[metric] = round(statistics.fmean(values), digits)
+    return found
