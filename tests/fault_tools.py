@@ -6,11 +6,12 @@ import itertools
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 import small_sweep
 
 from orchestrator.records import Records, read_parquet
+from orchestrator.runs import TRIAL_TAG
 from orchestrator.selection import rank
 from orchestrator.tables import all_tables
 
@@ -186,6 +188,13 @@ def copy_artifacts(source: Path, target: Path, leave_out: Collection[str] = ()) 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     """A parquet file of a results folder."""
     return parquet.read_table(folder / f"{name}.parquet").to_pylist()
+
+
+def mirrored(results: Path) -> list[tuple[str, str]]:
+    """Every trial that MLflow shows, with its run."""
+    asked = "select value, run_uuid from tags join runs using (run_uuid) where key = ?"
+    with closing(sqlite3.connect(results / "mlflow.db")) as store:
+        return sorted(store.execute(f"{asked} and lifecycle_stage = 'active'", (TRIAL_TAG,)))
 
 
 # --- what must be left -----------------------------------------------------------------------

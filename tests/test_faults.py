@@ -6,6 +6,7 @@ doubled, what failed has a reason in its row, and once the cause is gone the sam
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -269,32 +271,44 @@ def test_a_trial_of_several_workers_that_loses_one_is_tried_again(
 def test_the_driver_may_die_wherever_it_writes_its_ledger(
     calm: Calm, prepared: Prepare, cluster: Any
 ) -> None:
-    """For every event: killed in the middle of its bytes, killed again when they are written."""
+    """Killed in the middle of an event's bytes, and killed when they are written."""
     cluster.add_node(num_cpus=2)
     options = (*ONE_STUDENT, "--address", cluster.address)
     usual = faults.start(calm.sweep, prepared("usual", students=True), *options)
     usual.ends(0)
-    events = len((usual.folder / "ledger.jsonl").read_text().splitlines())
-    assert events > 10
     killer = [sys.executable, str(Path(__file__).with_name("dies_at.py"))]
 
-    def dies(event: int) -> None:
-        results = prepared(f"event{event}", students=True)
+    def dies(moment: tuple[str, int, str]) -> None:
+        results = prepared("-".join(map(str, moment)), students=True)
         finished = Finished.of(results)
-        for moment in ("middle", "after"):
-            command = [*killer, str(event), moment]
-            run = faults.start(calm.sweep, results, *options, command=command)
-            # What the mirror and the driver write comes in no fixed order: after a first death
-            # less may be left to write than the event's number.
-            assert run.process.wait(faults.PATIENCE_S) in (-signal.SIGKILL, 0), run.output
-            assert moment == "after" or run.process.returncode, "it did not die"
+        run = faults.start(calm.sweep, results, *options, command=[*killer, *map(str, moment)])
+        assert run.process.wait(faults.PATIENCE_S) == -signal.SIGKILL, run.output
         last = faults.start(calm.sweep, results, *options)
         last.ends(0)
         nothing_lost(last, usual)
         finished.is_untouched(results)
+        trials = {
+            trial["trial_id"]: trial["mlflow_run_id"] for trial in rows(last.folder, "trials")
+        }
+        assert faults.mirrored(results) == sorted(trials.items())
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(dies, range(1, events + 1)))
+        list(pool.map(dies, _moments(usual)))
+
+
+def _moments(usual: Run) -> list[tuple[str, int, str]]:
+    """An event by its kind and number, and a moment of it: both moments of each, but of stages, of
+    which there are many, one of every second."""
+    lines = (usual.folder / "ledger.jsonl").read_text().splitlines()
+    written = Counter(json.loads(line)["event"] for line in lines)
+    assert set(written) == {"trial", "stage", "scores", "tracked"} and written["trial"] == 2
+    return [
+        (kind, number, moment)
+        for kind, many in written.items()
+        for number in range(1, many + 1)
+        for turn, moment in enumerate(("middle", "after"))
+        if kind != "stage" or number % 4 == 1 + 2 * turn
+    ]
 
 
 # --- disks -----------------------------------------------------------------------------------
