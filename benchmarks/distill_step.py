@@ -271,7 +271,7 @@ def plain_trainer(setting: Setting, baton: Baton) -> None:
 
     student, teacher = _models(setting)
 
-    class FullLogits(Trainer):
+    class FullLogits(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             given = {"input_ids": inputs["input_ids"], "use_cache": False}
             ours_NV = model(**given).logits[:, :-1].flatten(0, 1).float()
@@ -358,7 +358,7 @@ def _paced(trainer: type, setting: Setting, baton: Baton) -> Any:
 
     losses: list[float] = []
 
-    class Pace(TrainerCallback):
+    class Pace(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             baton.wait()
 

@@ -10,7 +10,8 @@ weights). Each side runs in fresh processes, in turn; before anything is compare
 the first step must agree to 2%. Figures are medians over steps; memory is the allocator's peak.
 `model_flops_utilisation` is the FLOPs of the model (teacher forward, student forward and backward,
 attention) per second over the card's stated bf16 peak, or over the fastest bf16 matrix product
-measured here where the card is not in the table. Where there is no GPU, this says so and ends.
+measured here where the card is not in the table. Where there is no GPU, this says so, with null for
+every name, and ends.
 Left out: loading, the first steps, evaluation.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+NAMES = ("speedup_vs_gkd_liger", "model_flops_utilisation", "peak_memory_vs_gkd_liger")
 WARM_UP = 3
 STATED_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
 """Dense bf16 FLOPs a second, as the maker states them (H100 and H200: SXM)."""
@@ -122,7 +124,7 @@ def gkd(setting: argparse.Namespace, clock: Clock) -> None:
         mask = torch.ones_like(ids_BL)
         return {"input_ids": ids_BL, "attention_mask": mask, "labels": labels_BL}
 
-    class Times(TrainerCallback):
+    class Times(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             clock.start()
 
@@ -293,7 +295,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no GPU here: nothing was measured")
         if setting.json:
-            print(json.dumps({"gpu": None}))
+            print(json.dumps(dict.fromkeys(("gpu", *NAMES))))
         return
     missing = [each for each in ("trl", "liger_kernel") if not _has(each)]
     if missing:

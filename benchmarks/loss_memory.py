@@ -78,12 +78,13 @@ def measure(side: str, tokens: int, vocabulary: int, width: int) -> dict[str, fl
     head = OutputHead(normal(vocabulary, width).mul_(0.05))
     targets = DenseTargets(normal(tokens, width), {}, head)
     loss = {"ours": ours, "naive": naive}[side]
-    (loss(hidden_ND[:4], head_VD, targets_of(targets, 4)) / 4).backward()  # libraries are paged in
+    few = loss(hidden_ND[:4], head_VD, targets_of(targets, 4))  # libraries are paged in
+    few.backward()  # type: ignore[no-untyped-call]
     hidden_ND.grad = head_VD.grad = None
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     mean = loss(hidden_ND, head_VD, targets) / tokens
-    mean.backward()
+    mean.backward()  # type: ignore[no-untyped-call]
     rise = memory("VmHWM") - before - 4 * hidden_ND.numel()
     assert hidden_ND.grad is not None and head_VD.grad is not None
     gradients = [float(tensor.grad.norm()) for tensor in (hidden_ND, head_VD)]

@@ -27,8 +27,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,57 +39,58 @@ from rich.table import Table
 from trainers import prune, surgery
 from trainers.config import AtRandom, DepthCut, PruneConfig, RandomUnits, WidthCut
 from trainers.contract import StageContext
-from trainers.shapes import Sizes, shape_of
+from trainers.shapes import shape_of
 from trainers.surgery import Stored
 
-VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 128_256, 2048, 8192, 12
-HEADS, GROUPS, HEAD_DIM = 32, 8, 64
-LARGEST = VOCABULARY * HIDDEN * 2
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+"""The sizes of Llama 3.2 1B with 12 layers and an output head of its own."""
+TINY = LLAMA | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 4}
+CUT = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+"""What the stage cuts."""
 
 
 # --- the checkpoint --------------------------------------------------------------------------
 
 
-def config() -> dict[str, object]:
-    """The sizes of Llama 3.2 1B with 12 layers and an output head of its own."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "head_dim": HEAD_DIM,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-
-
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of the checkpoint."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for layer in range(LAYERS):
+    hidden, inner, words = (config[f"{name}_size"] for name in ("hidden", "intermediate", "vocab"))
+    queries, keys = (
+        config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    yield "model.embed_tokens.weight", (words, hidden)
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        yield f"{prefix}self_attn.q_proj.weight", (HEADS * HEAD_DIM, HIDDEN)
-        yield f"{prefix}self_attn.k_proj.weight", (GROUPS * HEAD_DIM, HIDDEN)
-        yield f"{prefix}self_attn.v_proj.weight", (GROUPS * HEAD_DIM, HIDDEN)
-        yield f"{prefix}self_attn.o_proj.weight", (HIDDEN, HEADS * HEAD_DIM)
-        yield f"{prefix}mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield f"{prefix}mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield f"{prefix}mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
-        yield f"{prefix}input_layernorm.weight", (HIDDEN,)
-        yield f"{prefix}post_attention_layernorm.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+        yield f"{prefix}self_attn.q_proj.weight", (queries, hidden)
+        yield f"{prefix}self_attn.k_proj.weight", (keys, hidden)
+        yield f"{prefix}self_attn.v_proj.weight", (keys, hidden)
+        yield f"{prefix}self_attn.o_proj.weight", (hidden, queries)
+        yield f"{prefix}mlp.gate_proj.weight", (inner, hidden)
+        yield f"{prefix}mlp.up_proj.weight", (inner, hidden)
+        yield f"{prefix}mlp.down_proj.weight", (hidden, inner)
+        yield f"{prefix}input_layernorm.weight", (hidden,)
+        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (words, hidden)
 
 
-def write_checkpoint(folder: Path, files: int) -> int:
+def write_checkpoint(config: Mapping[str, Any], folder: Path, files: int) -> int:
     """Fill `folder` with the checkpoint, a tensor at a time, and give the size of its tensors."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config()))
-    tensors = {name: Stored("BF16", shape, 0) for name, shape in shapes()}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: Stored("BF16", shape, 0) for name, shape in shapes(config)}
     names = list(tensors)
     weight_map: dict[str, str] = {}
     draw = torch.Generator().manual_seed(0)
@@ -108,17 +111,12 @@ def write_checkpoint(folder: Path, files: int) -> int:
     return size
 
 
-SETTINGS = PruneConfig(
-    depth=DepthCut(num_hidden_layers=LAYERS * 3 // 4, choice=AtRandom()),
-    width=WidthCut(
-        hidden_size=HIDDEN * 3 // 4,
-        intermediate_size=INTERMEDIATE * 3 // 4,
-        num_attention_heads=HEADS * 3 // 4,
-        choice=RandomUnits(),
-        head_residual=True,
-        rescale_norms=True,
-    ),
-)
+def settings(config: Mapping[str, Any]) -> PruneConfig:
+    """Three quarters of every size."""
+    kept = {name: config[name] * 3 // 4 for name in CUT}
+    layers = DepthCut(num_hidden_layers=kept.pop("num_hidden_layers"), choice=AtRandom())
+    width = WidthCut(**kept, choice=RandomUnits(), head_residual=True, rescale_norms=True)
+    return PruneConfig(depth=layers, width=width)
 
 
 # --- in the fresh process --------------------------------------------------------------------
@@ -148,7 +146,8 @@ def measure(source: Path, target: Path) -> dict[str, float]:
     """Prune the checkpoint `source/model` and give the rise of this process' memory in bytes."""
     torch.set_num_threads(1)
     target.mkdir()
-    context = StageContext(SETTINGS, {"model": source}, target)
+    config = json.loads((source / "model" / "config.json").read_text())
+    context = StageContext(settings(config), {"model": source}, target)
     anonymous, resident = memory("RssAnon"), memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     sampler = Sampler()
@@ -170,11 +169,12 @@ def measure(source: Path, target: Path) -> dict[str, float]:
 # --- in this one -----------------------------------------------------------------------------
 
 
-def check(target: Path) -> None:
+def check(target: Path, config: Mapping[str, Any]) -> None:
     """The result has as many parameters as its config says, and the sizes that were asked for."""
+    asked = replace(shape_of(config).sizes, **{name: config[name] * 3 // 4 for name in CUT})
     shape = shape_of(json.loads((target / "config.json").read_text()))
     index = json.loads((target / "model.safetensors.index.json").read_text())
-    assert shape.sizes == Sizes(9, 1536, 6144, 24, GROUPS), shape.sizes
+    assert shape.sizes == asked, shape.sizes
     assert index["metadata"]["total_size"] == 2 * shape.parameters
 
 
@@ -184,15 +184,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--files", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="tiny tensors: only to try it out")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure)))
         return
+    config = TINY if arguments.tiny else LLAMA
+    largest = config["vocab_size"] * config["hidden_size"] * 2
     with tempfile.TemporaryDirectory() as place:
         source, target = Path(place, "source"), Path(place, "target")
-        size = write_checkpoint(source / "model", arguments.files)
+        size = write_checkpoint(config, source / "model", arguments.files)
         done = subprocess.run(
             [sys.executable, __file__, "--measure", str(source), str(target)],
             check=True,
@@ -201,15 +204,15 @@ def main() -> None:
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         )
         found = json.loads(done.stdout.splitlines()[-1])
-        check(target / "model")
-    report(found, size, arguments.files)
+        check(target / "model", config)
+    report(found, size, largest, arguments.files)
     if arguments.json:
         names = {"anonymous": "peak", "resident": "resident_peak"}
-        outcome = {f"{to}_bytes_vs_largest_tensor": found[of] / LARGEST for of, to in names.items()}
-        print(json.dumps(outcome | {"checkpoint_bytes": size, "largest_tensor_bytes": LARGEST}))
+        outcome = {f"{to}_bytes_vs_largest_tensor": found[of] / largest for of, to in names.items()}
+        print(json.dumps(outcome | {"checkpoint_bytes": size, "largest_tensor_bytes": largest}))
 
 
-def report(found: dict[str, float], size: int, files: int) -> None:
+def report(found: dict[str, float], size: int, largest: int, files: int) -> None:
     """A table of what was measured, under the facts of the machine."""
     console = Console(width=100)
     console.print(
@@ -222,12 +225,12 @@ def report(found: dict[str, float], size: int, files: int) -> None:
     table.add_column("MB", justify="right")
     table.add_column("largest tensors", justify="right")
     for name, value in (
-        ("largest tensor", LARGEST),
+        ("largest tensor", largest),
         ("rise of anonymous memory, peak", found["anonymous"]),
         ("rise of all resident memory, peak", found["resident"]),
         ("the process before, imports included", found["before"]),
     ):
-        table.add_row(name, f"{value / 1e6:.1f}", f"{value / LARGEST:.3f}")
+        table.add_row(name, f"{value / 1e6:.1f}", f"{value / largest:.3f}")
     console.print(table)
 
 
