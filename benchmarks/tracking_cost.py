@@ -41,11 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 from orchestrator import execute, plan, report, space, spec, tracking, tuning
 from orchestrator.ledger import Ledger
 from orchestrator.plan import TrialPlan
+from orchestrator.progress import Board
 from orchestrator.records import StageRecord
+from orchestrator.spec import Resources
 from orchestrator.steps import StageNode
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
@@ -200,7 +203,8 @@ def measure_reporting(node: StageNode, store: Store, rounds: int) -> Reporting:
     marks: list[Mark] = []
     found: list[Distilled] = []
     given = {"store": str(store.root), "node": json.dumps(asdict(node)), "rounds": rounds}
-    with tuning._ray(None, False), tuning._scratch() as scratch:
+    nobody = Board(Console(quiet=True), {})
+    with tuning._ray(None, Resources(), nobody), tuning._scratch() as scratch:
         ended = tune.Tuner(
             tune.with_resources(alternate, {"cpu": 1}),
             param_space=given,
