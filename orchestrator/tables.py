@@ -329,12 +329,13 @@ def configurations(records: Records, ranking: Ranking | None) -> Table:
     metric = ranking.metric if ranking else "accuracy.mean"
     chosen = winner(ranking)
     listed = ranking.configurations if ranking else ()
+    unequal = any(each.unfinished for each in listed)
     columns = (
         Column("rank", 0),
         Column("configuration"),
         Column("verdict"),
         Column("seeds", 0),
-        Column("unfinished", 0),
+        *((Column("unfinished", 0),) if unequal else ()),
         Column(metric, 3),
         Column("low", 3),
         Column("high", 3),
@@ -351,7 +352,7 @@ def configurations(records: Records, ranking: Ranking | None) -> Table:
             each.label,
             _verdict(each, chosen is not None and each is chosen.configuration),
             len(each.trials),
-            each.unfinished,
+            *((each.unfinished,) if unequal else ()),
             *_cells(each.estimate),
             each.spread,
             *(_cells(each.behind) if place > 1 else (None, None, None)),
@@ -370,7 +371,7 @@ def configurations(records: Records, ranking: Ranking | None) -> Table:
                 TEACHER,
                 "reference",
                 len(values),
-                len(teacher) - len(values),
+                *((len(teacher) - len(values),) if unequal else ()),
                 *_cells(known),
                 spread(values),
                 *blank,
@@ -390,14 +391,18 @@ def _ranking_caption(records: Records, ranking: Ranking | None) -> str:
         else "95% Student's t interval over seeds"
     )
     order = "highest" if ranking.mode == "max" else "lowest"
-    return (
+    text = (
         f"Configurations by {ranking.metric}, {order} first. {scale(records)} Mean over seeds with "
         f"its {kind}; spread: standard deviation over seeds. Behind best: paired difference with "
         "its interval; tied: the test against the best, after Holm's correction, does not tell "
         "them apart; untested: nothing was repeated, so that this may be luck. Chosen: the "
-        "cheapest of the tied. Unfinished: seeds that failed or were stopped; the ranking is as if "
-        "none had been."
+        "cheapest of the tied."
     )
+    if any(each.unfinished for each in ranking.configurations):
+        text += (
+            " Unfinished: seeds that failed or were stopped; the ranking is as if none had been."
+        )
+    return text
 
 
 def _verdict(each: Configuration, chosen: bool) -> str:

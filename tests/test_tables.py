@@ -199,3 +199,16 @@ def test_latex_escapes_what_it_would_take_for_a_command() -> None:
     assert r"\caption{50\% of a\_b}" in latex
     assert r"one two | \textbackslash{} & 1.5 \\" in latex
     assert r"\begin{tabular}{lr}" in latex
+
+
+def test_seeds_that_did_not_finish_have_a_column_where_there_are_some() -> None:
+    failed = made_up.records()
+    whole = replace(failed, trials=tuple(t for t in failed.trials if t.status == "completed"))
+    for records, expected in ((failed, 1), (whole, None)):
+        table = tables.configurations(records, rank(records))
+        headings = [column.name for column in table.columns]
+        assert ("unfinished" in headings) == (expected is not None)
+        if expected:
+            row = next(row for row in table.rows if row[1] == "criterion=task")
+            assert row[headings.index("unfinished")] == expected
+            assert "as if none had been" in table.caption
