@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -252,12 +252,16 @@ def _versus_each(records: Records, claim: BetterThanEach, measure: Measure) -> V
     better = _found_better(found)
     name = better or min(found, key=lambda each: _lowest(found[each].estimate))
     outcomes = {_outcome(claim, each.estimate) for each in found.values()}
-    whole = outcomes == {"supported"} and len(found) == len(by_setting)
+    repeated = all(each.seeds > 1 for each in found.values())
+    whole = outcomes == {"supported"} and repeated and len(found) == len(by_setting)
     outcome: Outcome = "contradicted" if better else "supported" if whole else "undecided"
-    unpaired = len(by_setting) - len(found)
-    note = f"of {len(found)}, {'ahead of it' if better else 'least surely behind it'}: {name}"
-    note += f"; no pair with {unpaired} more" if unpaired else ""
-    return _decided(claim, found[name], outcome, "; ".join(filter(None, (note, found[name].note))))
+    told, unpaired = found[name], len(by_setting) - len(found)
+    place = "ahead of it" if told.estimate.value < -ROUNDING else "least surely behind it"
+    notes = [f"of {len(found)}, {place}: {name}"]
+    notes += [f"no pair with {unpaired} more"] if unpaired else []
+    notes += ["one seed of some decides nothing"] if told.seeds > 1 and not repeated else []
+    verdict = _decided(claim, told, outcome, told.note)
+    return replace(verdict, note="; ".join(filter(None, (*notes, verdict.note))))
 
 
 def _free(group: Mapping[str, Any], than: Mapping[str, Any]) -> set[str]:
@@ -291,7 +295,8 @@ def _decided(
     claim: Better | BetterThanEach | NoBetter, effect: _Effect, outcome: Outcome, note: str | None
 ) -> Verdict:
     if effect.seeds == 1 and effect.estimate.low is not None:
-        note = f"one seed decides nothing; over its questions alone: {outcome}"
+        alone = _outcome(claim, effect.estimate)
+        note = f"one seed decides nothing; over its questions alone: {alone}"
     return _verdict(
         claim,
         claim.metric,

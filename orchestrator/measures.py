@@ -18,8 +18,10 @@ def unmeasured(sweep: Sweep, rungs: Sequence[Configs]) -> list[Problem]:
     """What chooses the winner, is sought, decides a race or early stopping, or is claimed, but is
     measured by no trial of the grid. Of a race `rungs` has the trials of each, else all at once."""
     grid = [config for configs in rungs for config in configs]
+    # In a race only those of its last rung win, unless it is said who may.
+    finalists = grid if sweep.select.among is not None else rungs[-1]
     found = [
-        _unmeasured(("select", "metric"), sweep.select.metric, grid),
+        _unmeasured(("select", "metric"), sweep.select.metric, finalists),
         *_objectives(sweep, grid),
         *_scheduler(sweep, rungs),
         *_claims(sweep, grid),

@@ -241,6 +241,7 @@ class _Desk:
         self.queue, self.place = queue, place
         self._ledger, self._mirror, self._watcher = ledger, mirror, watcher
         self._judge, self._judged = judge, set[str]()
+        self._begun = set[str]()
         self._pace = Pace()
         self.completed = self.stopped = self.failed = 0
 
@@ -251,6 +252,7 @@ class _Desk:
     def ended(self, job: Job, result: Mapping[str, Any]) -> None:
         """Record what a job's result says, and fail what can no longer run."""
         outcome, reason = result["outcome"], result["reason"]
+        self._begun.discard(job.job_id)
         if outcome == "interrupted" and not self.queue.stopping:
             outcome, reason = "lost", "it stopped, and nobody had asked it to"
         stages = [StageRecord(**record) for record in result["stages"]]
@@ -316,24 +318,29 @@ class _Desk:
         """A worker has come to the first of these jobs that has not ended."""
         job_id = next((each for each in jobs if each in self.queue.running), None)
         if job_id is not None:
+            self._begun.add(job_id)
             self._pace.begin(job_id)
             self._watcher.started(job_id)
 
     def memory_ran_out(self, at_once: int, reason: str) -> int:
         """Ray took a worker's memory away, and Tune gave up; gives how many may run from now on.
 
-        While several ran, nobody knows whose fault it was: all wait again, and fewer run at once.
-        One that ran alone is lost.
+        While several were at work, nobody knows whose fault it was: all wait again, and fewer run
+        at once. One that was alone is lost.
         """
-        running = list(self.queue.running.values())
-        if at_once == 1:
-            self.worker_died([job.job_id for job in running], reason, reason)
+        # Those at work first: others were handed out with them, or wait for a worker to start.
+        running = sorted(self.queue.running, key=lambda job_id: job_id not in self._begun)
+        at_work = sum(job_id in self._begun for job_id in running)
+        self._begun.clear()
+        if at_work <= 1:
+            self.worker_died(running, reason, reason)
             return 1
-        for job in running:
-            self._pace.end(job.job_id)
-            self.queue.put_back(job.job_id)
-            self._watcher.finished(job.job_id, "lost", f"{reason}; from now {at_once - 1} at once")
-        return at_once - 1
+        fewer = min(at_once, at_work) - 1
+        for job_id in running:
+            self._pace.end(job_id)
+            self.queue.put_back(job_id)
+            self._watcher.finished(job_id, "lost", f"{reason}; from now {fewer} at once")
+        return fewer
 
     def worker_died(self, jobs: Sequence[str], reason: str, trace: str) -> None:
         """The job that it was at is lost; those that it had not come to are handed out again."""
@@ -406,18 +413,26 @@ def run(
     desk = _Desk(queue, place, ledger, mirror, watcher, judge or NoJudge())
     place.remove_stops()
     most = max_concurrent or resources.max_concurrent
-    while True:
-        # A new Ray each time: what the old one had promised to workers goes with it.
-        with (
-            _ray(address, resources, watcher) as room,
-            _scratch() as scratch,
-            _interruptible(queue, place.stop_file),
-        ):
-            at_once = _at_once(resources, room, most)
-            ran_out = _fit(_tuner(desk, resources, room, at_once, scratch))
-        if ran_out is None:
-            break
-        most = desk.memory_ran_out(at_once, ran_out)
+    began = False
+    with _interruptible(queue, place.stop_file):
+        while True:
+            try:
+                # A new Ray each time: what the old one had promised to workers goes with it.
+                with (
+                    _ray(address, resources, watcher, lambda: queue.stopping) as room,
+                    _scratch() as scratch,
+                ):
+                    at_once = _at_once(resources, room, most)
+                    ran_out = _fit(_tuner(desk, resources, room, at_once, scratch))
+            except NoRoomError as error:
+                if not began:
+                    raise
+                watcher.waits(f"{error}; the same command goes on once there is room again")
+                queue.stopping = True
+                break
+            if ran_out is None:
+                break
+            most, began = desk.memory_ran_out(at_once, ran_out), True
     place.remove_stops()
     return Summary(desk.completed, desk.stopped, desk.failed, queue.stopping)
 
@@ -495,25 +510,30 @@ def _room(resources: Resources, nodes: Sequence[cluster.Room]) -> _Room:
     return _Room(int(sum(node.cpus for node in nodes)), widest, trials)
 
 
-def _room_for_a_trial(resources: Resources, address: str | None, watcher: Watcher) -> _Room:
+def _room_for_a_trial(
+    resources: Resources, address: str | None, watcher: Watcher, stopping: Callable[[], bool]
+) -> _Room:
     """What the nodes hold, once that is a trial. A cluster is given a while for nodes that still
     join, or are started when they are needed. Raises `NoRoomError`: Ray would wait for ever."""
     nodes = cluster.rooms()
     if not _room(resources, nodes).trials and address is not None:
         watcher.waits(f"{_lacking(resources, nodes)}; waiting for more, {NODES_S / 60:g} minutes")
-        nodes = _more_nodes(resources)
+        nodes = _more_nodes(resources, stopping)
     room = _room(resources, nodes)
     if not room.trials:
         raise NoRoomError(f"resources: {_lacking(resources, nodes)}")
     return room
 
 
-def _more_nodes(resources: Resources) -> tuple[cluster.Room, ...]:
-    """The nodes when a trial has room on them, or has waited for long enough."""
+def _more_nodes(resources: Resources, stopping: Callable[[], bool]) -> tuple[cluster.Room, ...]:
+    """The nodes when a trial has room on them, or has waited for long enough. Raises
+    `KeyboardInterrupt` where the sweep is to stop."""
     deadline = time.monotonic() + NODES_S
     worker = cluster.Room(resources.cpus_per_trial, resources.gpus_per_worker)
     with cluster.asked_for(worker, resources.workers):
         while not _room(resources, nodes := cluster.rooms()).trials:
+            if stopping():
+                raise KeyboardInterrupt
             if time.monotonic() > deadline:
                 break
             time.sleep(LOOK_EVERY_S)
@@ -636,7 +656,12 @@ def _callback(desk: _Desk) -> Any:
 
 
 @contextmanager
-def _ray(address: str | None, resources: Resources, watcher: Watcher) -> Iterator[_Room]:
+def _ray(
+    address: str | None,
+    resources: Resources,
+    watcher: Watcher,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[_Room]:
     """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its room."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a banner whatever `verbose` says
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -647,7 +672,7 @@ def _ray(address: str | None, resources: Resources, watcher: Watcher) -> Iterato
     # dashboard is there; for one worker each it would only cost memory.
     try:
         with cluster.joined(address, dashboard=resources.workers > 1):
-            yield _room_for_a_trial(resources, address, watcher)
+            yield _room_for_a_trial(resources, address, watcher, stopping)
     except cluster.UnreachableError as error:
         raise NoRoomError(str(error)) from error
 

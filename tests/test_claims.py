@@ -213,6 +213,26 @@ def test_better_than_each_needs_data_of_each() -> None:
     assert judged(trials("new", [2.0, 2.2]), asked(EACH)).verdict == "no data"
 
 
+def test_better_than_each_is_not_supported_by_an_opponent_with_one_seed() -> None:
+    ways = {"new": 0.8, "old": 0.4, "older": 0.2}
+    found, items = [], []
+    for way, share in ways.items():
+        for seed in (0,) if way == "older" else (0, 1, 2):
+            each = trial(seed, share + seed / 100, ACCURACY, way=way)
+            found.append(each)
+            items += [
+                ItemRecord(each.trial_id, "t", f"{i:03d}", "select", float(i < 100 * share), None)
+                for i in range(100)
+            ]
+    claim = asked({**EACH, "metric": ACCURACY})
+    verdict = judged(found, claim, items)
+    assert verdict.verdict == "undecided"
+    assert verdict.note is not None and "one seed of some decides nothing" in verdict.note
+    twice = [*found, replace(found[-1], trial_id="twice", seed=1)]
+    more = [replace(i, trial_id="twice") for i in items if i.trial_id == found[-1].trial_id]
+    assert judged(twice, claim, [*items, *more]).verdict == "supported"
+
+
 def test_better_than_each_is_undecided_with_one_seed() -> None:
     found = [trial(0, value, way=way) for way, value in (("new", 1), ("old", 2), ("older", 3))]
     assert judged(found, asked(EACH)).verdict == "undecided"

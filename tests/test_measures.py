@@ -77,6 +77,15 @@ def test_a_metric_that_decides_a_rung_is_measured_in_that_rung(tmp_path: Path) -
     plan_with(load(sweep(tmp_path, BY_AN_AXIS, scheduler=by_loss)), {})  # the last has the tasks
 
 
+def test_the_winner_of_a_race_is_chosen_by_what_its_last_rung_measures(tmp_path: Path) -> None:
+    rungs = [{"name": "first", "keep": 1}, {"name": "last", "set": {"evaluate": {"tasks": []}}}]
+    asked = {"scheduler": {"method": "race", "rungs": rungs}}
+    by_accuracy = {**asked, "select": {"metric": "accuracy.mean"}}
+    with pytest.raises(SpecError, match=r"select.metric: .*evaluate.tasks is empty"):
+        plan_with(load(sweep(tmp_path, BY_AN_AXIS, **by_accuracy)), {})
+    plan_with(load(sweep(tmp_path, BY_AN_AXIS, **asked, select={"metric": "lm_loss.after"})), {})
+
+
 def test_a_mistake_in_a_later_rung_is_told_before_the_first(tmp_path: Path) -> None:
     rungs = [RUNGS[0], {"name": "last", "set": {"distill.training.steps": "two"}}]
     path = sweep(tmp_path, BY_AN_AXIS, scheduler={"method": "race", "rungs": rungs})

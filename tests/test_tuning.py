@@ -64,6 +64,34 @@ def test_a_job_that_stops_unasked_is_tried_again_and_in_the_end_a_row_with_its_r
     assert all("nobody had asked" in str(t.reason) for t in ledger.trials().values())
 
 
+@pytest.mark.parametrize("at_once", [2, 64])
+def test_a_job_that_memory_never_suffices_for_is_lost_as_often_as_any_other(
+    tmp_path: Path, at_once: int
+) -> None:
+    work, _ = desk(tmp_path)
+    (first,) = work.next_jobs()
+    for _ in range(ATTEMPTS):
+        assert first.job_id not in work.queue.failed
+        work.begin([first.job_id])
+        at_once = work.memory_ran_out(at_once, "no memory")
+        assert at_once == 1
+        again = work.next_jobs()
+    assert first.job_id in work.queue.failed and first not in again
+
+
+def test_of_jobs_that_ran_beside_each_other_none_is_charged_and_fewer_run(tmp_path: Path) -> None:
+    work, _ = desk(tmp_path)
+    (pretrain,) = work.next_jobs()
+    work.queue.finish(pretrain.job_id, "completed", None)
+    jobs = [job for _ in range(2) for job in work.next_jobs()]
+    assert len(jobs) == 2
+    work.begin([jobs[0].job_id])
+    work.begin([jobs[1].job_id])
+    assert work.memory_ran_out(64, "no memory") == 1
+    assert {job.job_id for job in jobs} <= {job.job_id for job in work.queue.waiting}
+    assert not any(work.queue.attempts[job.job_id] for job in jobs)
+
+
 SMALL, LARGE, GPUS = Room(1, 0), Room(4, 0), Room(8, 4)
 
 
