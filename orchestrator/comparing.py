@@ -119,7 +119,8 @@ def _sweep(
 def _trial(results: Path, recorded: Mapping[tuple[str, str], Path], wanted: str) -> Found:
     try:
         # A trial may stand in several sweeps. The last one counts, which is one's own.
-        folders = sorted(recorded.values(), key=lambda each: each.parts[-3] != "published")
+        published = results / "published"
+        folders = sorted(recorded.values(), key=lambda each: published not in each.parents)
         ids = {trial.trial_id: folder for folder in folders for trial in read_trials(folder)}
     except ValueError as error:
         raise CannotCompareError(str(error)) from error

@@ -88,6 +88,16 @@ def test_a_trial_is_found_by_how_its_id_begins_and_a_sweep_by_its_name(
         assert "published" not in found.folder.parts or "published" in place
 
 
+@pytest.mark.parametrize("below", [".", "depth_ablation/.."])
+def test_a_trial_is_found_from_wherever_one_stands(
+    results: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    monkeypatch.chdir(results)
+    own, published = (find(Path(below), wanted) for wanted in ("task-0", "published-task-0"))
+    assert own.folder.resolve().parent == results / "depth_ablation"
+    assert published.folder.resolve() == results / "published/width/tiny"
+
+
 def test_a_sweep_is_found_by_its_file_and_by_its_folder(results: Path, tmp_path: Path) -> None:
     file = tmp_path / "any.yaml"
     file.write_text("name: depth_ablation\nprofile: large\n")
