@@ -230,9 +230,11 @@ def loss_axis(axes: Any, lowest: float, highest: float) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def within(axis: str, low: float, high: float) -> tuple[float, float]:
-    """An interval as far as it means something: no accuracy lies outside of 0 and 1."""
-    return (max(0.0, low), min(1.0, high)) if axis.startswith("accuracy") else (low, high)
+def within(axis: str, value: float, low: float, high: float) -> tuple[float, float]:
+    """A value's interval as far as it means something: no accuracy lies outside of 0 and 1. What a
+    task measures may be a perplexity, which is no accuracy."""
+    share = axis.startswith("accuracy") and 0 <= value <= 1
+    return (max(0.0, low), min(1.0, high)) if share else (low, high)
 
 
 # --- text ------------------------------------------------------------------------------------

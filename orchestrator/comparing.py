@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from orchestrator.selection import (
     configuration_key,
     groups,
     labels,
+    not_counted,
     rank,
     task_of,
     value_of,
@@ -40,6 +41,7 @@ NEAREST = 4
 """How many names are told where the one that was given is none."""
 MEAN = "mean"
 HALVES: tuple[Literal["select", "report"], ...] = ("select", "report")
+MEANS = {"select": f"accuracy.{MEAN}", "report": f"accuracy_report.{MEAN}"}
 
 
 class CannotCompareError(Exception):
@@ -337,7 +339,8 @@ def _joined(
 
 
 def _answers(joined: Records) -> tuple[Answers, ...]:
-    """Of two trials: by half, each task that both answered and, of several, their mean."""
+    """Of two trials: by half, each task that both answered and, of several that count in a mean,
+    their mean."""
     one, other = (trial.trial_id for trial in joined.trials)
     found = []
     for half in HALVES:
@@ -345,13 +348,18 @@ def _answers(joined: Records) -> tuple[Answers, ...]:
         for item in joined.items:
             if item.split == half:
                 scores[item.trial_id][item.task, item.item_id] = item.correct
+        means = {trial.trial_id: value_of(trial, MEANS[half]) for trial in joined.trials}
+        out = not_counted(scores, means)
         both = sorted(scores[one].keys() & scores[other].keys())
-        by_task = [list(keys) for _, keys in groupby(both, key=lambda key: key[0])]
-        for keys in [*by_task, *([both] if len(by_task) > 1 else [])]:
-            mine, theirs = (np.array([scores[id_][key] for key in keys]) for id_ in (one, other))
-            task = keys[0][0] if keys is not both else MEAN
-            sizes = [len(keys)] if task != MEAN else [len(each) for each in by_task]
-            found.append(_paired(half, task, Resamples(sizes), mine, theirs))
+        by_task = {task: list(keys) for task, keys in groupby(both, key=lambda key: key[0])}
+        counted = [keys for task, keys in by_task.items() if task not in out]
+        of_mean = {MEAN: counted} if len(counted) > 1 else {}
+        for task, parts in ({task: [keys] for task, keys in by_task.items()} | of_mean).items():
+            mine, theirs = (
+                np.array([scores[id_][key] for key in chain(*parts)]) for id_ in (one, other)
+            )
+            resamples = Resamples([len(keys) for keys in parts])
+            found.append(_paired(half, task, resamples, mine, theirs))
     return tuple(found)
 
 

@@ -305,7 +305,9 @@ def _draw_effects(axes: Any, known: MainEffects, axes_shown: Sequence[str]) -> N
         for each in (e for e in known.effects if e.axis == axis):
             value = each.estimate
             if value.low is not None and value.high is not None:
-                axes.hlines(y, *within(known.metric, value.low, value.high), color=colour)
+                axes.hlines(
+                    y, *within(known.metric, value.value, value.low, value.high), color=colour
+                )
             axes.plot([value.value], [y], marker="o", color=colour, linestyle="none")
             places.append(y)
             names.append(fit(each.value, 2.0, 1))

@@ -210,7 +210,7 @@ def _draw(axes: Any, shown: Blocks, name: str, lengths: Sequence[int]) -> None:
         axes.plot(places, [each.value for each in line.values], **style)
         for place, value in zip(places, line.values, strict=True):
             if value.low is not None and value.high is not None:
-                ends = within(name, value.low, value.high)
+                ends = within(name, value.value, value.low, value.high)
                 axes.vlines(place, *ends, color=style["color"], linewidth=0.9, alpha=0.6)
     if shown.intact is not None:
         axes.axhline(

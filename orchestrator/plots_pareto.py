@@ -81,7 +81,7 @@ def _draw(
         look = {"markersize": 6} if point.efficient else {"markerfacecolor": "none"}
         axes.plot([x], [y.value], linestyle="none", marker="o", color=colour, **look)
         if y.low is not None and y.high is not None:
-            axes.vlines(x, *within(metric, y.low, y.high), color=colour, linewidth=0.8)
+            axes.vlines(x, *within(metric, y.value, y.low, y.high), color=colour, linewidth=0.8)
     axes.set_ylim(*reach(found))
     front = [point for point in students if point.efficient]
     places = [point.x.value for point in front], [point.y.value for point in front]

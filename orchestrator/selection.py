@@ -24,7 +24,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import chain, combinations, groupby, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +63,7 @@ __all__ = [
     "estimate",
     "groups",
     "labels",
+    "not_counted",
     "over_seeds",
     "rank",
     "report_metric",
@@ -73,6 +74,10 @@ __all__ = [
 ]
 
 Mode = Literal["max", "min"]
+Answered = Mapping[tuple[str, str], float]
+"""By task and id of the question, how it was answered."""
+MOST_TRIED = 10_000
+"""Sets of tasks, of which one may be what a mean leaves out."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,9 @@ def labels(records: Records) -> dict[str, str]:
 class Questions:
     """The answers of one half of the questions.
 
-    `task` is a task's name or `mean`. Every group is seen on the same questions (those that all
-    of them answered) and the same resamples, so differences between groups are paired.
+    `task` is a task's name, or `mean` for all tasks that count in it. Every group is seen on the
+    same questions (those that all of them answered) and the same resamples, so differences between
+    groups are paired.
     """
 
     def __init__(self, records: Records, task: str, split: Literal["select", "report"]) -> None:
@@ -221,6 +227,21 @@ class Questions:
             if wanted and item.trial_id in completed:
                 answers = self._answers.setdefault(item.trial_id, {})
                 answers[item.task, item.item_id] = item.correct
+        if task == "mean":
+            self._leave_out(records, "accuracy" if split == "select" else "accuracy_report")
+
+    def _leave_out(self, records: Records, kind: str) -> None:
+        means = {trial.trial_id: value_of(trial, f"{kind}.mean") for trial in records.trials}
+        if out := not_counted(self._answers, means):
+            self._answers = {
+                trial_id: {key: value for key, value in answers.items() if key[0] not in out}
+                for trial_id, answers in self._answers.items()
+            }
+
+    @cached_property
+    def are_shares(self) -> bool:
+        """Whether every answer is from 0 to 1, as no perplexity is."""
+        return all(0 <= each <= 1 for found in self._answers.values() for each in found.values())
 
     @cached_property
     def common(self) -> list[tuple[str, str]]:
@@ -242,6 +263,41 @@ class Questions:
     def resamples(self) -> Resamples:
         """Resamples of the common questions."""
         return Resamples([len(list(rows)) for _, rows in groupby(self.common, lambda key: key[0])])
+
+
+def not_counted(
+    answers: Mapping[str, Answered], means: Mapping[str, float | None]
+) -> frozenset[str]:
+    """The tasks that do not count in the mean over tasks, as those that are better when lower do
+    not: the fewest without which the answers of every trial have its recorded mean. Empty where no
+    tasks explain the means.
+
+    Values alone would not tell: a Brier score, which does not count, is from 0 to 1, and BLEU,
+    which does, is not.
+    """
+    known = [
+        (_by_task(found), mean)
+        for trial_id, found in answers.items()
+        if (mean := means.get(trial_id)) is not None
+    ]
+    tasks = sorted(set().union(*(found for found, _ in known)))
+    fewest_first = chain.from_iterable(combinations(tasks, count) for count in range(len(tasks)))
+    for out in islice(fewest_first, MOST_TRIED):
+        if all(_is_mean(mean, found, out) for found, mean in known):
+            return frozenset(out)
+    return frozenset()
+
+
+def _by_task(answers: Answered) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for (task, _), value in answers.items():
+        found.setdefault(task, []).append(value)
+    return {task: statistics.fmean(values) for task, values in found.items()}
+
+
+def _is_mean(mean: float, by_task: Mapping[str, float], out: Sequence[str]) -> bool:
+    counted = [value for task, value in by_task.items() if task not in out]
+    return bool(counted) and math.isclose(statistics.fmean(counted), mean, rel_tol=1e-9)
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -383,7 +439,12 @@ class Measure:
         answers = self.answers(trials)
         questions = self.noise(list(answers.values())) if answers is not None else None
         found = interval(self.mean(trials), seed_noise(self.values(trials)), questions)
-        return _share(found) if self.has_questions else found
+        return _share(found) if self.is_share(trials) else found
+
+    def is_share(self, trials: Sequence[TrialRecord]) -> bool:
+        """Whether the trials' values are shares of questions, which lie between 0 and 1."""
+        of_shares = self._questions is not None and self._questions.are_shares
+        return of_shares and all(0 <= value <= 1 for value in self.values(trials))
 
     def answers(self, trials: Iterable[TrialRecord]) -> dict[str, Array] | None:
         """By trial, the answers to the questions that all trials answered, in one order; None

@@ -36,7 +36,7 @@ from orchestrator.located import Origin, locate
 from orchestrator.plan import SweepPlan, TrialPlan, plan_trial
 from orchestrator.progress import Board
 from orchestrator.records import Records, TrialRecord, read_parquet, read_trials, write_parquet
-from orchestrator.selection import configuration_key, estimate, over_seeds, task_of, value_of
+from orchestrator.selection import Measure, configuration_key, over_seeds, value_of
 from orchestrator.space import RUNG, Trial, make_trial, next_rung
 from orchestrator.spec import SpecError, Sweep, TrialConfig, build_trial, load
 from orchestrator.store import Store
@@ -401,13 +401,15 @@ def _interval(row: Row, metric: str, recorded: float, tolerance: float) -> tuple
     reaches = {"tolerance": (least, least)}
     apart = _between_runs(row, metric)
     reaches["seeds"] = (apart, apart)
-    known = estimate(row.own, [row.trial], metric) if task_of(metric) is not None else None
+    measure = Measure(row.own, metric)
+    asked = measure.has_questions and measure.values([row.trial])
+    known = measure.estimate([row.trial]) if asked else None
     if known is not None and known.low is not None and known.high is not None:
         reaches["questions"] = (recorded - known.low, known.high - recorded)
     low = recorded - max(below for below, _ in reaches.values())
     high = recorded + max(above for _, above in reaches.values())
     by = max(reaches, key=lambda name: sum(reaches[name]))
-    share = metric.startswith("accuracy")
+    share = measure.is_share([row.trial])
     return (max(0.0, low), min(1.0, high), by) if share else (low, high, by)
 
 

@@ -214,6 +214,19 @@ def test_several_tasks_have_their_mean_on_each_half(results: Path) -> None:
     )
 
 
+def test_a_task_that_is_better_when_lower_does_not_count_in_the_mean_of_both(
+    tmp_path: Path,
+) -> None:
+    perplexity = answered("one", [30, 40], "w") + answered("other", [31, 39], "w")
+    accuracies = answered("one", [1, 0], "t") + answered("other", [1, 0], "t")
+    found = two(tmp_path, accuracies + perplexity).answers
+    assert [each.task for each in found] == ["t", "w"], "a mean of one task is that task"
+    more = answered("one", [1, 0], "u") + answered("other", [0, 1], "u")
+    found = two(tmp_path, accuracies + more + perplexity).answers
+    assert [each.task for each in found] == ["t", "u", "w", "mean"]
+    assert (found[-1].questions, found[-1].first, found[-1].second) == (4, 0.5, 0.5)
+
+
 def test_a_comparison_the_other_way_round_is_the_same_with_the_signs_turned(results: Path) -> None:
     there = trials(results, "perplexity-0", "task-0")
     back = trials(results, "task-0", "perplexity-0")

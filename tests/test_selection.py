@@ -21,6 +21,7 @@ from orchestrator.selection import (
     axis_names,
     configuration_key,
     labels,
+    not_counted,
     over_seeds,
     rank,
     winner,
@@ -132,6 +133,74 @@ def test_an_accuracys_interval_ends_at_0_and_1() -> None:
     values = {"perplexity-0": 0.5, "perplexity-1": 0.6}
     (configuration,) = ranking_of(with_values(values)).configurations
     assert (configuration.estimate.low, configuration.estimate.high) == (0.0, 1.0)
+
+
+def with_a_task_apart(records: Records, values: Mapping[str, Sequence[float]]) -> Records:
+    """With a task better when lower, which the means do not count; its values by trial."""
+    trials, items = [], list(records.items)
+    for trial in records.trials:
+        mine = values[trial.trial_id]
+        for split, name in (("select", "accuracy"), ("report", "accuracy_report")):
+            trial = replace(trial, metrics={**trial.metrics, f"{name}.u": float(np.mean(mine))})
+            for place, value in enumerate(mine):
+                id_ = f"{place:04d}"
+                items.append(ItemRecord(trial.trial_id, "u", id_, split, value, None))  # type: ignore[arg-type]
+        trials.append(trial)
+    return replace(records, trials=tuple(trials), items=tuple(items))
+
+
+def values_apart(highest: float) -> dict[str, Sequence[float]]:
+    random = np.random.default_rng(3)
+    ids = ("perplexity-0", "block_influence-0")
+    return {trial_id: (highest * random.random(30)).tolist() for trial_id in ids}
+
+
+@pytest.mark.parametrize("highest", [1.0, 60.0], ids=["brier_score", "perplexity"])
+def test_a_task_that_is_better_when_lower_changes_no_interval_and_no_test_of_the_mean(
+    highest: float,
+) -> None:
+    records = two_configurations(160, 60)
+    alone = ranking_of(records)
+    beside = ranking_of(with_a_task_apart(records, values_apart(highest)))
+    for one, other in zip(alone.configurations, beside.configurations, strict=True):
+        assert (one.label, one.estimate) == (other.label, other.estimate)
+        assert (one.behind, one.p_value) == (other.behind, other.p_value)
+
+
+def test_a_task_that_counts_in_the_mean_is_resampled_whatever_its_unit() -> None:
+    values = values_apart(60.0)
+    records = with_a_task_apart(two_configurations(160, 60), values)
+    trials = [
+        replace(
+            t, metrics={**t.metrics, "accuracy.mean": (share + np.mean(values[t.trial_id])) / 2}
+        )
+        for t, share in zip(records.trials, (0.8, 0.3), strict=True)
+    ]
+    measure = Measure(replace(records, trials=tuple(trials)), "accuracy.mean")
+    found = measure.estimate(trials[:1])
+    assert found.low is not None and found.high is not None
+    assert 1 < found.low < found.value < found.high
+    error = np.std(values["perplexity-0"]) / math.sqrt(30) / 2
+    assert found.half_width == pytest.approx(1.96 * error, rel=0.1)
+
+
+def test_a_perplexitys_interval_holds_it_and_may_exceed_1() -> None:
+    records = with_a_task_apart(two_configurations(160, 60), values_apart(60.0))
+    found = Measure(records, "accuracy.u").estimate(records.trials[:1])
+    assert found.low is not None and found.high is not None
+    assert 1 < found.low < found.value < found.high
+
+
+def test_the_fewest_tasks_that_explain_every_mean_do_not_count() -> None:
+    answers = {
+        "one": {("a", "0"): 1.0, ("b", "0"): 0.0, ("c", "0"): 0.5, ("d", "0"): 9.0},
+        "other": {("a", "0"): 0.0, ("b", "0"): 1.0, ("c", "0"): 0.0, ("d", "0"): 8.0},
+    }
+    assert not_counted(answers, {"one": 2.625}) == frozenset()
+    assert not_counted(answers, {"one": 0.5}) == {"d"}
+    assert not_counted(answers, {"one": 0.5, "other": 0.5}) == {"c", "d"}
+    assert not_counted(answers, {"one": 0.77, "other": None}) == frozenset()
+    assert not_counted(answers, {}) == frozenset()
 
 
 def test_the_paired_interval_is_the_plain_bootstrap_of_the_differences() -> None:

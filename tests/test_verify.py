@@ -17,7 +17,14 @@ from orchestrator import verifying
 from orchestrator.cli import app
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_trial
-from orchestrator.records import CurvePoint, Records, TrialRecord, read_parquet, write_parquet
+from orchestrator.records import (
+    CurvePoint,
+    ItemRecord,
+    Records,
+    TrialRecord,
+    read_parquet,
+    write_parquet,
+)
 from orchestrator.space import Trial, enumerate_trials, next_rung
 from orchestrator.spec import SpecError, load
 from orchestrator.verifying import CannotVerifyError, Compared, Row
@@ -266,6 +273,24 @@ def test_an_accuracy_is_held_against_the_bootstrap_over_its_questions(records: R
     assert found.recorded - found.low == pytest.approx(2 * error, rel=0.5)
     assert found.high <= 1
     assert not compared(row, again(row, accuracy__mean=value - 0.15))["accuracy.mean"].inside
+
+
+def test_a_perplexity_among_the_tasks_is_held_against_its_own_interval(records: Records) -> None:
+    row = row_of(records, "teacher-0")
+    values = [20.0 + place % 11 for place in range(44)]
+    items = [
+        ItemRecord("teacher-0", "wikitext", f"{place:04d}", "select", value, None)
+        for place, value in enumerate(values)
+    ]
+    trial = replace(row.trial, metrics={**row.trial.metrics, "accuracy.wikitext": 25.0})
+    mine = replace(row.records, trials=(trial,), items=(*row.own.items, *items))
+    asked = replace(row, trial=trial, records=mine)
+    found = compared(asked, again(asked), tolerance=0.0)
+    perplexity = found["accuracy.wikitext"]
+    assert perplexity.inside and perplexity.bit_equal
+    assert 23 < perplexity.low < 25 < perplexity.high < 27
+    alone = compared(row, again(row), tolerance=0.0)["accuracy.mean"]
+    assert found["accuracy.mean"] == alone
 
 
 @pytest.mark.parametrize("metric", ["lm_loss.after", "accuracy.mean"])
