@@ -340,10 +340,14 @@ def _effect(measure: Measure, sign: float, pairs: Sequence[_Pair]) -> _Effect:
     for pair in pairs:
         by_seed.setdefault(pair.seed, []).append(pair)
     trials = {m.trial_id: m.trial for pair in pairs for m in (pair.first, pair.second)}
-    values = {m.trial_id: np.array([m.value]) for pair in pairs for m in (pair.first, pair.second)}
+    answers = measure.answers(trials.values())
+    values = {
+        m.trial_id: np.array([m.value if answers is None else measure.value_on(m.trial, answers)])
+        for pair in pairs
+        for m in (pair.first, pair.second)
+    }
     effects = [sign * float(_average(by_seed[seed], values)[0]) for seed in sorted(by_seed)]
     value, seeds = statistics.fmean(effects), seed_noise(effects)
-    answers = measure.answers(trials.values())
     if answers is None:
         estimate, note = _over_seeds_alone(effects, measure.has_questions)
         test = None if estimate.low is None else p_value(value, seeds, None)

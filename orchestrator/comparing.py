@@ -241,7 +241,8 @@ class Claimed:
 @dataclass(frozen=True)
 class Shared:
     """A configuration that both sweeps have; `p_value` after Holm's correction, None where no test
-    can be made. Means over different tasks have no difference."""
+    can be made. The difference is on the questions that both answered, while the values are each
+    over all of its own. Means over different tasks have no difference."""
 
     label: str
     seeds: tuple[int, int]

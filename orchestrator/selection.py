@@ -259,6 +259,10 @@ class Questions:
             for trial_id in sorted(wanted)
         }
 
+    def answered_more(self, trial_id: str) -> bool:
+        """Whether a trial with answers has others than those to the common questions."""
+        return len(self._answers[trial_id]) > len(self.common)
+
     @cached_property
     def resamples(self) -> Resamples:
         """Resamples of the common questions."""
@@ -453,6 +457,15 @@ class Measure:
             return None
         return self._questions.answers(trial.trial_id for trial in trials)
 
+    def value_on(self, trial: TrialRecord, answers: Mapping[str, Array]) -> float:
+        """The trial's mean over the questions of `answers`: as recorded, to the last bit, where it
+        answered no others."""
+        assert self._questions is not None, "answers are of questions"
+        recorded = value_of(trial, self._metric)
+        if recorded is not None and not self._questions.answered_more(trial.trial_id):
+            return recorded
+        return self._questions.resamples.mean(answers[trial.trial_id])
+
     def noise(self, rows_SQ: Sequence[Array]) -> QuestionNoise:
         """What the questions do to a mean over seeds of sums or differences of `answers`."""
         assert self._questions is not None, "answers are of questions"
@@ -471,10 +484,16 @@ class Measure:
         `pooled`: what the seeds do to such a difference, where that is known from more than these.
         """
         pairs = _pairs_by_seed(best, other)
-        effects = [sign * (self.mean(first) - self.mean(second)) for first, second in pairs]
+        answers = self.answers([*best, *other])
+
+        def mean(trials: Sequence[TrialRecord]) -> float:
+            if answers is None:
+                return self.mean(trials)
+            return statistics.fmean(self.value_on(trial, answers) for trial in trials)
+
+        effects = [sign * (mean(first) - mean(second)) for first, second in pairs]
         seeds = seed_noise(effects) if pooled is None else _of_mean(pooled, len(pairs))
         value = statistics.fmean(effects)
-        answers = self.answers([*best, *other])
         if answers is None:
             test = None if seeds is None else p_value(value, seeds, None)
             return Comparison(interval(value, seeds), test)

@@ -344,6 +344,17 @@ def test_with_several_seeds_an_accuracy_is_judged_over_seeds_and_questions() -> 
     assert high - low >= few_high - few_low
 
 
+def test_who_was_asked_more_questions_is_judged_on_those_of_both() -> None:
+    found, items = asked_questions({"new": [0.8], "old": [0.5]})
+    new = found[0].trial_id
+    easy = [replace(item, item_id=f"easy {item.item_id}", correct=1.0) for item in items]
+    more = [item for item in easy if item.trial_id == new]
+    better = replace(found[0], metrics={ACCURACY: 0.9})
+    claim = asked(NEW_BETTER, metric=ACCURACY)
+    beside = judged([better, found[1]], claim, [*items, *more])
+    assert interval(beside) == pytest.approx(interval(judged(found, claim, items)))
+
+
 def test_seeds_that_change_no_answer_leave_the_questions_to_judge_by() -> None:
     found, items = asked_questions({"new": [0.8], "old": [0.5]})
     more = [replace(t, trial_id=f"{t.trial_id}+{s}", seed=s) for t in found for s in (1, 2)]

@@ -286,6 +286,29 @@ def test_a_configuration_that_became_worse_is_found(results: Path) -> None:
     assert all(p == 1.0 for p in p_values.values())
 
 
+def one_trial(folder: Path, right: Sequence[int]) -> None:
+    share = sum(right) / len(right)
+    trial = made_up.trial("task", 0, 0, {"accuracy.mean": share, "accuracy.t": share})
+    items = tuple(answered(trial.trial_id, right))
+    recorded(folder, Records("s", "p", trials=(trial,), items=items))
+
+
+def test_who_was_asked_more_questions_is_compared_on_those_of_both(tmp_path: Path) -> None:
+    few = [1] * 60 + [0] * 40
+    one_trial(tmp_path / "few/p", few)
+    one_trial(tmp_path / "same/p", few + [1] * 300)
+    one_trial(tmp_path / "better/p", [1] * 80 + [0] * 320)
+    (same,) = sweeps(tmp_path, "few", "same").configurations
+    assert (same.first.value, same.second.value) == (0.6, 0.9)
+    assert same.difference is not None and same.p_value == 1.0
+    assert (same.difference.value, same.difference.low, same.difference.high) == (0.0, 0.0, 0.0)
+    (better,) = sweeps(tmp_path, "few", "better").configurations
+    assert better.second.value < better.first.value
+    assert better.difference is not None and better.difference.value == pytest.approx(0.2)
+    assert better.difference.low is not None and better.difference.low > 0.1
+    assert better.p_value == mcnemar(0, 20)
+
+
 def test_settings_of_sweeps_are_all_values_that_their_trials_have(results: Path) -> None:
     fewer = tuple(t for t in RECORDS.trials if "task" not in t.trial_id and t.seed == 0)
     recorded(results / "fewer/tiny", replace(RECORDS, trials=fewer))
