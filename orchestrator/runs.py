@@ -155,6 +155,7 @@ class _Child:
 
     run_id: str
     status: str
+    start_ms: int | None
     end_ms: int | None
     name: str
     parameters: Mapping[str, str]
@@ -162,13 +163,18 @@ class _Child:
 
     def shows(self, record: TrialRecord, name: str, parameters: Mapping[str, str]) -> bool:
         """A run is ended last of all, at the time when the trial did."""
-        ended = (self.status, self.end_ms) == (STATUS[record.status], _ms(record.ended_at))
         named = (self.name, self.parameters) == (name, parameters)
-        return ended and named and CONFIG_TAG in self.tags
+        return self._ended_as(record) and named and CONFIG_TAG in self.tags
 
-    def fits(self, parameters: Mapping[str, str]) -> bool:
-        """Whether it can be made to have these parameters: MLflow changes and removes none."""
-        return self.parameters.items() <= parameters.items()
+    def fits(self, record: TrialRecord, parameters: Mapping[str, str]) -> bool:
+        """Whether it can be made to show this trial: MLflow changes no parameter and removes no
+        metric, so that what it was told of another attempt would stay."""
+        begun = self.start_ms == _ms(record.started_at)
+        same = begun and (self.end_ms is None or self._ended_as(record))
+        return same and self.parameters.items() <= parameters.items()
+
+    def _ended_as(self, record: TrialRecord) -> bool:
+        return (self.status, self.end_ms) == (STATUS[record.status], _ms(record.ended_at))
 
 
 class Runs:
@@ -348,7 +354,13 @@ class Runs:
                 continue
             info, data = run.info, run.data
             child = _Child(
-                info.run_id, info.status, info.end_time, info.run_name, data.params, data.tags
+                info.run_id,
+                info.status,
+                info.start_time,
+                info.end_time,
+                info.run_name,
+                data.params,
+                data.tags,
             )
             known = found.get(trial_id)
             if known is not None:
@@ -378,17 +390,17 @@ class Runs:
     ) -> _Child:
         from mlflow.entities import Metric, Param, RunTag
 
-        # A run under other names, as an earlier version or a smaller sweep wrote it, is replaced.
-        kept = known if known is not None and known.fits(parameters) else None
+        # A run under other names, as an earlier version or a smaller sweep wrote it, is replaced,
+        # and so is that of another attempt at the trial.
+        kept = known if known is not None and known.fits(record, parameters) else None
         run_id = kept.run_id if kept else self._new_child(record, name)
         if kept and kept.name != name:
             self._client.update_run(run_id, name=name)
         has = kept.parameters if kept else {}
         missing = {key: value for key, value in parameters.items() if key not in has}
         tags = {CONFIG_TAG: CONFIG} if self._attached(run_id, record.config) else {}
-        # Also where there is no reason, but an earlier attempt left one.
-        if record.reason or (kept and REASON_TAG in kept.tags):
-            tags[REASON_TAG] = record.reason or ""
+        if record.reason:
+            tags[REASON_TAG] = record.reason
         points = [Metric(_name(p.name), p.value, p.time_ms, p.step) for p in curves]
         self._client.log_batch(
             run_id,
@@ -402,7 +414,8 @@ class Runs:
         self._client.set_terminated(run_id, status, end_ms)
         if known and not kept:
             self._client.delete_run(known.run_id)
-        return _Child(run_id, status, end_ms, name, parameters, tags)
+        start_ms = _ms(record.started_at)
+        return _Child(run_id, status, start_ms, end_ms, name, parameters, tags)
 
     def _attached(self, run_id: str, config: Mapping[str, Any]) -> bool:
         """Whether a trial's settings are with its run. If not, all else is shown none the less,

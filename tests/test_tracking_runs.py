@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.request import url2pathname
 
 import made_up
@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator import registry, report, runs, tracking
 from orchestrator.inputs import inputs_of
-from orchestrator.records import Records, read_parquet
+from orchestrator.records import CurvePoint, Records, read_parquet
 from orchestrator.selection import rank, winner
 
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
@@ -145,6 +145,70 @@ def test_artifacts_that_cannot_be_kept_cost_no_metric_and_are_made_up_for(result
     for run in children(results).values():
         assert [each.path for each in client.list_artifacts(run.info.run_id)] == [runs.CONFIG]
     assert show(RECORDS, results).written == 0
+
+
+# --- attempts ----------------------------------------------------------------------------------
+
+
+def attempt(status: Literal["stopped", "completed"], metrics: dict[str, float], at: int) -> Records:
+    """One trial that began at a time and was measured at two steps."""
+    began = made_up.START + at
+    trial = next(trial for trial in RECORDS.trials if trial.trial_id == "perplexity-0")
+    trial = replace(
+        trial, status=status, metrics=metrics, started_at=began, ended_at=began + len(metrics)
+    )
+    curves = tuple(
+        CurvePoint(
+            trial.trial_id, step, 10 * step, round(1000 * began) + step, "heldout_loss", 6.0 - step
+        )
+        for step in (1, 2)
+    )
+    return replace(RECORDS, trials=(trial,), curves=curves)
+
+
+STOPPED = attempt("stopped", {"lm_loss.before": 6.0, "lm_loss.stopped": 4.7}, 0)
+COMPLETED = attempt("completed", {"lm_loss.before": 6.0, "lm_loss.after": 4.1}, 500)
+
+
+def assert_shows(results: Path, records: Records) -> str:
+    """MLflow shows the one trial as recorded, and nothing else; gives the run's id."""
+    (record,), (run,) = records.trials, children(results).values()
+    assert run.info.status == runs.STATUS[record.status]
+    assert run.info.start_time == round(record.started_at * 1000)
+    assert run.info.end_time == round(record.ended_at * 1000)
+    assert {k: v for k, v in run.data.metrics.items() if "." in k} == record.metrics
+    history = client_of(results).get_metric_history(run.info.run_id, "heldout_loss")
+    assert [(m.step, m.timestamp, m.value) for m in history] == [
+        (p.step, p.time_ms, p.value) for p in records.curves
+    ]
+    return str(run.info.run_id)
+
+
+def test_a_trial_that_went_on_shows_nothing_of_the_attempt_that_was_stopped(results: Path) -> None:
+    show(STOPPED, results)
+    stopped = assert_shows(results, STOPPED)
+    for written in (1, 0):
+        assert show(COMPLETED, results).written == written
+        completed = assert_shows(results, COMPLETED)
+    assert completed != stopped
+    assert client_of(results).get_run(stopped).info.lifecycle_stage == "deleted"
+
+
+@pytest.mark.parametrize(("begun", "kept"), [(COMPLETED, True), (STOPPED, False)])
+def test_a_run_that_a_kill_left_half_written_is_completed_if_it_is_of_the_same_attempt(
+    begun: Records, kept: bool, results: Path
+) -> None:
+    client = client_of(results)
+    experiment = client.create_experiment("depth_ablation", str(results / "mlartifacts"))
+    tags = {runs.SWEEP_TAG: "depth_ablation/made_up"}
+    parent = client.create_run(experiment, tags=tags).info.run_id
+    (record,) = begun.trials
+    tags = {"mlflow.parentRunId": parent, runs.TRIAL_TAG: record.trial_id}
+    half = client.create_run(experiment, round(record.started_at * 1000), tags).info.run_id
+    for name, value in record.metrics.items():
+        client.log_metric(half, name, value, round(record.ended_at * 1000), 0)
+    show(COMPLETED, results)
+    assert (assert_shows(results, COMPLETED) == half) is kept
 
 
 # --- data sets ---------------------------------------------------------------------------------
