@@ -35,8 +35,9 @@ def crown(
 ) -> None:
     """Let the alias `champion` of the registered model point to the winner of `best.json`.
 
-    A new winner gets a new version, and so does a checkpoint that has moved. `run_id` is the run of
-    the winner's trial. Doing so twice, or again after a kill in between, changes nothing.
+    A new winner gets a new version, and so does a checkpoint that has moved, or a winner whose run
+    was replaced. `run_id` is the run of the winner's trial. Doing so twice, or again after a kill
+    in between, changes nothing.
     """
     source, tags = checkpoint.resolve().as_uri(), tags_of(best)
     known = client.search_registered_models(filter_string=f"name = '{name}'")
@@ -49,7 +50,8 @@ def crown(
         if TRIAL_TAG in each.tags
     }
     newest = versions.get(max(versions, default=0))
-    if newest is None or (newest.tags[TRIAL_TAG], newest.source) != (tags[TRIAL_TAG], source):
+    wanted = (tags[TRIAL_TAG], source, run_id)
+    if newest is None or (newest.tags[TRIAL_TAG], newest.source, newest.run_id) != wanted:
         newest = client.create_model_version(name, source, run_id, tags, await_creation_for=None)
     _set_tags(client, newest, tags)
     aliases = known[0].aliases if known else {}
@@ -58,6 +60,17 @@ def crown(
     for number, each in versions.items():
         if number != int(newest.version) and each.source == source:
             _set_tags(client, each, {REPLACED_TAG: str(newest.version)})
+
+
+def uncrown(client: Any, name: str, checkpoint: Path) -> None:
+    """Take the alias `champion` from a version that points to this checkpoint, which is gone or has
+    not won. One that points elsewhere is another results folder's, and stays."""
+    known = client.search_registered_models(filter_string=f"name = '{name}'")
+    number = known[0].aliases.get(CHAMPION) if known else None
+    if number is None:
+        return
+    if client.get_model_version(name, str(number)).source == checkpoint.resolve().as_uri():
+        client.delete_registered_model_alias(name, CHAMPION)
 
 
 def tags_of(best: Mapping[str, Any]) -> dict[str, str]:

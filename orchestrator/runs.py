@@ -33,6 +33,7 @@ OnTracked = Callable[[str | None, str], None]
 """Told the MLflow run id of a trial, or of the whole sweep where the trial id is None."""
 
 SWEEP_TAG = "orchestrate.sweep_profile"
+WINNER_TAG = "orchestrate.winner"
 REASON_TAG = "orchestrate.reason"
 CONFIG_TAG = "orchestrate.config"
 """The artifact with a trial's settings, once it is there."""
@@ -270,19 +271,24 @@ class Runs:
             self._client.set_tag(self._parent, "mlflow.note.content", text)
         if (folder / "best.json").is_file():
             self._show_winner(json.loads((folder / "best.json").read_text(encoding="utf-8")))
+        elif WINNER_TAG in self._client.get_run(self._parent).data.tags:
+            self._client.delete_tag(self._parent, WINNER_TAG)
         self._client.set_terminated(self._parent, "FINISHED")
 
     def _register(self, folder: Path) -> None:
         """The winner's checkpoint, where the results folder has it: published results do not."""
         best, checkpoint, held = (folder / name for name in ("best.json", "best", "best.trial"))
-        if not (registry.takes_folders(self._uri) and best.is_file() and checkpoint.is_dir()):
+        if not registry.takes_folders(self._uri):
+            return
+        name = registry.model_name(self._sweep, self._profile)
+        if not (best.is_file() and checkpoint.is_dir()):
+            registry.uncrown(self._client, name, checkpoint)
             return
         won = json.loads(best.read_text(encoding="utf-8"))
         # `best.json` follows the records at once, the checkpoint only when the sweep has run.
         if held.is_file() and held.read_text(encoding="utf-8").strip() != won["trial_id"]:
             return
         child = self._children.get(won["trial_id"])
-        name = registry.model_name(self._sweep, self._profile)
         registry.crown(self._client, name, won, checkpoint, child.run_id if child else None)
         self.alive_at = time.monotonic()
 
@@ -298,7 +304,7 @@ class Runs:
                 self._client.log_artifact(self._parent, str(folder / name))
 
     def _show_winner(self, best: Mapping[str, Any]) -> None:
-        self._client.set_tag(self._parent, "orchestrate.winner", best["trial_id"])
+        self._client.set_tag(self._parent, WINNER_TAG, best["trial_id"])
         # Stamped with the sweep's own end: the same winner again is no new point, and a later
         # winner is the latest one.
         summary = _summary(best["metrics"], best["measured_until"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -350,14 +350,74 @@ def test_the_winner_is_the_champion_and_a_new_winner_takes_its_place(
 
 def test_a_champion_that_a_kill_left_half_registered_is_completed(results: Path) -> None:
     best = won(results, RECORDS, b"perplexity")
+    best.rename(best.with_name("elsewhere"))
+    show(RECORDS, results)
+    best.with_name("elsewhere").rename(best)
     client = client_of(results)
     client.create_registered_model(NAME)
+    run_id = children(results)["perplexity-0"].info.run_id
     tags = {runs.TRIAL_TAG: "perplexity-0"}
-    client.create_model_version(NAME, best.resolve().as_uri(), tags=tags)
+    client.create_model_version(NAME, best.resolve().as_uri(), run_id, tags)
     show(RECORDS, results)
     champion = client.get_model_version_by_alias(NAME, registry.CHAMPION)
     assert str(champion.version) == "1"
     assert champion.tags["seed"] == "0"
+
+
+def test_the_champion_follows_its_run_when_that_is_replaced(results: Path) -> None:
+    won(results, RECORDS, b"perplexity")
+    show(RECORDS, results)
+    grown = with_axis(RECORDS, "chain.criterion", "task")  # no short name stays as it was
+    for _ in range(2):
+        show(grown, results)
+        client = client_of(results)
+        champion = client.get_model_version_by_alias(NAME, registry.CHAMPION)
+        assert str(champion.version) == "2"
+        assert champion.run_id == children(results)["perplexity-0"].info.run_id
+    assert client.get_run(champion.run_id).info.lifecycle_stage == "active"
+    assert client.get_model_version(NAME, "1").tags[registry.REPLACED_TAG] == "2"
+
+
+def aliases(results: Path) -> dict[str, str]:
+    (model,) = client_of(results).search_registered_models(filter_string=f"name = '{NAME}'")
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def parent_tags(results: Path) -> Mapping[str, str]:
+    run_id = next(iter(children(results).values())).data.tags["mlflow.parentRunId"]
+    tags: Mapping[str, str] = client_of(results).get_run(run_id).data.tags
+    return tags
+
+
+@pytest.mark.parametrize("lost", [("best",), ("best.json", "best"), ("best.json",)])
+def test_a_champion_that_is_gone_or_has_not_won_is_champion_no_longer(
+    lost: tuple[str, ...], results: Path
+) -> None:
+    folder = won(results, RECORDS, b"perplexity").parent
+    show(RECORDS, results)
+    assert aliases(results) == {registry.CHAMPION: "1"}
+    for name in lost:
+        (folder / name).rename(results / name)
+    for _ in range(2):
+        assert show(RECORDS, results).problem is None
+        assert aliases(results) == {}
+        assert (runs.WINNER_TAG in parent_tags(results)) == ("best.json" not in lost)
+    for name in lost:
+        (results / name).rename(folder / name)
+    show(RECORDS, results)
+    assert aliases(results) == {registry.CHAMPION: "1"}
+    assert parent_tags(results)[runs.WINNER_TAG] == "perplexity-0"
+
+
+def test_results_without_a_checkpoint_leave_the_champion_of_other_results_alone(
+    results: Path,
+) -> None:
+    won(results, RECORDS, b"perplexity")
+    show(RECORDS, results)
+    published = results / "published" / "depth_ablation" / "made_up"
+    uri, artifacts = tracking.tracking_uri(results), tracking.artifact_location(results)
+    assert tracking.mirror(RECORDS, published, uri, artifacts, "").problem is None
+    assert aliases(results) == {registry.CHAMPION: "1"}
 
 
 @pytest.mark.parametrize("lacking", ["best", "best.json"])
