@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import MakeContext, SaveArtifact
 from lm_eval.evaluator import simple_evaluate
@@ -168,6 +170,21 @@ def test_questions_have_ids_of_their_own_whoever_answers(
     assert len(set(ids)) == len(ids) == 3 * QUESTIONS
     other = checkpoints.new_model(tiny_config, seed=9).eval()
     assert [answer.item_id for answer in questions.ask(other, TOKENIZER, tasks)] == ids
+
+
+def test_generated_questions_are_in_memory_and_leave_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
+    cache.mkdir()
+    scratch.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    questions.harness_task.cache_clear()
+    loaded = questions.harness_task(GeneratedTask(name="knowledge", limit=QUESTIONS))
+    assert set(tmp_path.rglob("*")) == {cache, scratch}
+    docs = [doc for each in loaded["tasks"].values() for doc in each.eval_docs]
+    assert docs == list(language.questions(0, "knowledge", QUESTIONS))
 
 
 def test_a_limit_asks_the_first_questions(model: PreTrainedModel, choices_file: Path) -> None:

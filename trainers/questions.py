@@ -267,7 +267,10 @@ def _prepared(task: Task, scratch: Path) -> str | dict[str, Any]:
             path = scratch / f"{task.name}.jsonl"
             rows = language.questions(task.language_seed, task.name, task.limit)
             language.write_questions(path, rows)
-            return choices_task(task.name, path, "{{query}}")
+            description = choices_task(task.name, path, "{{query}}")
+            # `datasets` knows what it cached by its path, and this one is never seen again.
+            description["dataset_kwargs"] |= {"cache_dir": str(scratch), "keep_in_memory": True}
+            return description
 
 
 def _index(task: Task) -> TaskManager:
