@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -597,7 +598,7 @@ def _read(folder: Path) -> Records:
 
 
 def _command() -> str:
-    return "orchestrate " + " ".join(sys.argv[1:])
+    return shlex.join(["orchestrate", *sys.argv[1:]])
 
 
 def main() -> None:

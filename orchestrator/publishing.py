@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,17 +15,26 @@ from orchestrator.spec import Sweep, load
 def write_report(
     records: Records, sweep: Sweep, folder: Path, command: str | None = None
 ) -> Ranking | None:
-    """Tables, figures, page and best.json of the trials that the sweep asks for."""
+    """Tables, figures, page and best.json of the trials that the sweep asks for. The page names the
+    command that ran it: unless given, one for what the folder's sweep.yaml says was run."""
     return report.write(
         records.asked,
         folder,
         sweep.question,
         sweep.select.metric,
         sweep.select.mode,
-        command or f"orchestrate sweeps/{sweep.name}.yaml --profile {sweep.profile}",
+        command or _command_for(folder),
         sweep.claims,
         sweep.finalists,
     )
+
+
+def _command_for(folder: Path) -> str:
+    """Runs what a results folder's sweep.yaml holds, from the folder where `results` is, so that no
+    page names a path of this machine."""
+    folder = folder.resolve()
+    levels = 4 if folder.parent.parent.name == "published" else 3
+    return shlex.join(["orchestrate", str(Path(*folder.parts[-levels:], "sweep.yaml"))])
 
 
 def publish(folder: Path, target: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import stat
 import subprocess
@@ -21,9 +22,10 @@ import small_sweep
 import yaml
 from click.testing import CliRunner, Result
 
-from orchestrator.cli import app
+from orchestrator.cli import _command, app
+from orchestrator.growth import plan_with
 from orchestrator.ledger import Ledger
-from orchestrator.records import write_parquet
+from orchestrator.records import read_trials, write_parquet
 from orchestrator.spec import load
 
 ROOT = Path(__file__).parent.parent
@@ -126,16 +128,16 @@ def test_what_needs_results_says_so_where_there_are_none(tmp_path: Path, command
     assert "run" in result.output
 
 
-def as_if_run(sweep: Path, results: Path) -> Path:
+def as_if_run(sweep: Path, results: Path, *overrides: str) -> Path:
     """What a run of the small sweep leaves: the folder of its results."""
     folder = results / "small" / "micro"
     ledger = Ledger(folder / "ledger.jsonl")
-    ids = [trial["trial_id"] for trial in plan_of(sweep, results)["trials"]]
+    ids = [each.trial.trial_id for each in plan_with(load(sweep, None, overrides), {}).trials]
     for position, id_ in enumerate(ids):
         trial = made_up.trial("perplexity", 0, position, {"accuracy.mean": 0.5})
         ledger.trial(replace(trial, trial_id=id_, sweep="small", profile="micro"))
     write_parquet(ledger.records("small", "micro", ids), folder)
-    (folder / "sweep.yaml").write_text(load(sweep).dump_yaml(relative_to=folder))
+    (folder / "sweep.yaml").write_text(load(sweep, None, overrides).dump_yaml(relative_to=folder))
     for name in ("best/model.safetensors", "logs/worker.log", "figures/old.png"):
         (folder / name).parent.mkdir()
         (folder / name).write_text(name)
@@ -155,6 +157,33 @@ def test_what_people_read_is_published_and_no_checkpoint_ledger_or_log(tmp_path:
     for folder, allowed in kinds.items():
         assert {file.suffix for file in files if file.parent.name == folder} <= allowed
     assert "old.png" not in {file.name for file in files}
+
+
+@pytest.mark.parametrize("command", ["report", "publish"])
+def test_the_command_on_a_page_that_was_written_again_asks_for_the_trials_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Also where the sweep file lies elsewhere and ran with other settings than its own."""
+    sweep, results = small_sweep.write(tmp_path / "of mine"), tmp_path / "results"
+    folder = as_if_run(sweep, results, "distill.training.steps=7")
+    assert call(command, sweep, "--results", results).exit_code == 0
+    folder = results / "published" / "small" / "micro" if command == "publish" else folder
+    found = re.search(
+        r"<code>orchestrate (.+sweep\.yaml)</code>", (folder / "report.html").read_text()
+    )
+    assert found is not None
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(Path(*shlex.split(found[1])), Path("results"))
+    asked = {trial["trial_id"] for trial in plan["trials"]}
+    assert asked == {trial.trial_id for trial in read_trials(folder)}
+
+
+def test_the_command_on_a_page_can_be_pasted_whatever_its_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["my sweep.yaml", "--set", "distill.loss={kind: forward_kl, temperature: 2}"]
+    monkeypatch.setattr(sys, "argv", ["/bin/orchestrate", *given])
+    assert shlex.split(_command()) == ["orchestrate", *given]
 
 
 def test_what_is_published_is_never_taken_for_a_run(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from pydantic import TypeAdapter
 
 from orchestrator import selection, tables
 from orchestrator.asked import Claim
+from orchestrator.growth import plan_with
 from orchestrator.records import Records, TrialRecord, read_parquet
+from orchestrator.spec import load
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -65,6 +67,13 @@ def test_published_tables_come_out_of_the_parquet_files_byte_for_byte(
     tables.write(tables.all_tables(records, ranking, claims), tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (folder / "tables" / file.name).read_bytes()
+
+
+def test_a_published_sweep_file_asks_for_the_trials_beside_it() -> None:
+    folder = PUBLISHED / "temperature" / "tiny"
+    planned = plan_with(load(folder / "sweep.yaml"), {})
+    asked = {each.trial.trial_id for each in planned.trials}
+    assert asked == {trial.trial_id for trial in read_parquet(folder).asked.trials}
 
 
 def test_the_tiny_teacher_knows_its_language(tiny: Records) -> None:
