@@ -260,6 +260,8 @@ def publish(sweep: Path, profile: str | None, overrides: tuple[str, ...], result
         files = publishing.publish(folder, target)
     except SpecError as error:
         _refuse(*error.messages)
+    except publishing.UnfinishedError as error:
+        _refuse(str(error))
     size = sum(file.stat().st_size for file in files) / 1e6
     out.print(f"published {len(files)} files, {size:.1f} MB, to {target}")
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.axes import key_of, parse_axes
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 Trials = Mapping[str, "TrialRecord"]
 """Trials that ended, by id."""
+
+STUDY = "optuna.db"
+"""What a search has of its own among a sweep's results."""
 
 
 def plan_with(sweep: Sweep, ended: Trials) -> SweepPlan:
@@ -160,8 +165,20 @@ def growth_of(sweep: Sweep, ended: Trials, failed: Trials, folder: Path) -> Grow
     """How a sweep grows, given the trials that ended and those that `failed` before and are to be
     tried again. A search keeps its Optuna study in `folder`."""
     if sweep.search.method != "grid":
-        return SearchGrowth(sweep, ended, folder / "optuna.db", failed)
+        return SearchGrowth(sweep, ended, folder / STUDY, failed)
     return RaceGrowth(sweep) if sweep.scheduler.method == "race" else NoGrowth()
+
+
+def known_to_its_end(sweep: Sweep, ended: Trials, folder: Path) -> SweepPlan:
+    """The trials that a sweep is known to have, and what a search would try next: if all of them
+    `ended`, so has the sweep. Leaves the study in `folder` as it is."""
+    with TemporaryDirectory() as scratch:
+        if (folder / STUDY).is_file():
+            shutil.copyfile(folder / STUDY, Path(scratch) / STUDY)
+        growth = growth_of(sweep, ended, {}, Path(scratch))
+        grown = growth.grown(ended, idle=True)
+        growth.close(ended)
+    return grown or plan_with(sweep, ended)
 
 
 # --- what a search learns from ---------------------------------------------------------------

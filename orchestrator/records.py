@@ -253,6 +253,8 @@ _TABLES: Mapping[str, type[Any]] = {
 }
 """Tables that have exactly the fields of their record, in the same order."""
 
+TABLES = tuple(f"{name}.parquet" for name in ("trials", *_TABLES))
+
 _ARROW = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
 
 

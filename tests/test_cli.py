@@ -25,7 +25,7 @@ from click.testing import CliRunner, Result
 from orchestrator.cli import _command, app
 from orchestrator.growth import plan_with
 from orchestrator.ledger import Ledger
-from orchestrator.records import read_trials, write_parquet
+from orchestrator.records import read_parquet, read_trials, write_parquet
 from orchestrator.spec import load
 
 ROOT = Path(__file__).parent.parent
@@ -138,8 +138,8 @@ def as_if_run(sweep: Path, results: Path, *overrides: str) -> Path:
         ledger.trial(replace(trial, trial_id=id_, sweep="small", profile="micro"))
     write_parquet(ledger.records("small", "micro", ids), folder)
     (folder / "sweep.yaml").write_text(load(sweep, None, overrides).dump_yaml(relative_to=folder))
-    for name in ("best/model.safetensors", "logs/worker.log", "figures/old.png"):
-        (folder / name).parent.mkdir()
+    for name in ("best/model.safetensors", "logs/worker.log", "figures/old.png", "my.parquet"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     return folder
 
@@ -208,6 +208,45 @@ def test_what_was_published_stays_where_it_cannot_be_published_again(tmp_path: P
     assert result.exit_code == 2
     assert "sweep.yaml:1: profile: is required" in result.output.replace("\n", "")
     assert (published / "report.html").is_file()
+
+
+def test_what_has_not_ended_is_not_published_and_what_was_published_stays(tmp_path: Path) -> None:
+    sweep, results = small_sweep.write(tmp_path), tmp_path / "results"
+    ran = as_if_run(sweep, results)
+    assert call("publish", sweep, "--results", results).exit_code == 0
+    records = read_parquet(ran)
+    write_parquet(replace(records, trials=records.trials[:2]), ran)
+    result = call("publish", sweep, "--results", results)
+    assert result.exit_code == 2
+    assert "4 of 6 trials have not ended" in result.output
+    assert len(read_trials(results / "published" / "small" / "micro")) == 6
+
+
+def test_trials_that_failed_or_were_stopped_have_ended_and_are_published(tmp_path: Path) -> None:
+    sweep, results = small_sweep.write(tmp_path), tmp_path / "results"
+    ran = as_if_run(sweep, results)
+    records = read_parquet(ran)
+    *others, stopped, failed = records.trials
+    stopped = replace(stopped, status="stopped", reason="behind")
+    failed = replace(failed, status="failed", reason="NaN", metrics={})
+    write_parquet(replace(records, trials=(*others, stopped, failed)), ran)
+    assert call("publish", sweep, "--results", results).exit_code == 0
+
+
+def test_what_was_published_is_whole_after_a_disk_was_too_full_for_the_next(tmp_path: Path) -> None:
+    sweep, results = small_sweep.write(tmp_path), tmp_path / "results"
+    as_if_run(sweep, results)
+    assert call("publish", sweep, "--results", results).exit_code == 0
+    published = results / "published" / "small"
+    before = {path: path.read_bytes() for path in published.rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "orchestrator.cli", "publish", str(sweep)]
+    full = subprocess.run(
+        ["bash", "-c", 'ulimit -f 2; exec "$@"', "-", *command, "--results", str(results)],
+        capture_output=True,
+        text=True,
+    )
+    assert full.returncode and "File too large" in full.stderr
+    assert before == {path: path.read_bytes() for path in published.rglob("*") if path.is_file()}
 
 
 CLUSTERS = ("llama31_8b", "nemotron_15b")  # held by test_deploy

@@ -23,7 +23,7 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "running": EVERYTHING,
     "asking": {"steps"},
     "recorded": {"asked", "located", "scheduling", "wording"},
-    "publishing": {"records", "report", "selection", "spec"},
+    "publishing": {"growth", "records", "report", "selection", "spec"},
     "outline": {"growth", "plan", "progress", "space", "spec", "store"},
     "tuning": {
         "execute", "faults", "jobs", "ledger", "plan", "space", "spec", "records", "stages",

@@ -14,7 +14,7 @@ import pytest
 import small_sweep
 
 from orchestrator.axes import key_of, parse_axes
-from orchestrator.growth import SearchGrowth, objectives_of, outcome, plan_with
+from orchestrator.growth import SearchGrowth, known_to_its_end, objectives_of, outcome, plan_with
 from orchestrator.plan import SweepPlan
 from orchestrator.proposals import Ended, Proposer
 from orchestrator.records import TrialRecord
@@ -228,6 +228,22 @@ def test_each_configuration_is_run_with_every_seed_and_known_again(tmp_path: Pat
     assert grid_of(plan_with(asked, ended)) == grid_of(planned)
     later = SearchGrowth(asked, ended, tmp_path / "optuna.db")
     assert later.grown(ended, idle=True) is None
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_search_has_ended_when_it_would_try_nothing_more(tmp_path: Path, lost: bool) -> None:
+    """Where a configuration failed, and where the study is lost, too."""
+    asked = sweep(tmp_path, search={"trials": 3})
+    growth, ended = SearchGrowth(asked, {}, tmp_path / "optuna.db"), dict[str, TrialRecord]()
+    left = []
+    while (planned := growth.grown(ended, idle=True)) is not None:
+        (new,) = set(grid_of(planned)) - set(ended)
+        ended[new] = record(planned, new, None if len(ended) == 1 else 3.0, len(ended))
+        before = states(tmp_path)
+        planned = known_to_its_end(asked, ended, tmp_path / "lost" if lost else tmp_path)
+        left.append(len(set(grid_of(planned)) - set(ended)))
+        assert states(tmp_path) == before, "the study is only looked at"
+    assert left == [1, 1, 0]
 
 
 @pytest.mark.parametrize("lost", [False, True])
