@@ -190,13 +190,20 @@ def _build(
     started, began = time.time(), time.monotonic()
     try:
         launched = launch(node, context)
+        wall_s = time.monotonic() - began
+        return store.publish(_manifest(node, requested_by, launched, started, wall_s))
     except Exception:
-        # Who was stopped for so long that another took the stage over may find its files gone.
+        # Who was stopped for so long that another took the stage over may find its files gone, at
+        # work or while it publishes.
         if (published := store.found(node.stage_id)) is not None:
             return published
         raise
-    wall_s = time.monotonic() - began
-    manifest = Manifest(
+
+
+def _manifest(
+    node: StageNode, requested_by: str, launched: Launched, started: float, wall_s: float
+) -> Manifest:
+    return Manifest(
         stage_id=node.stage_id,
         kind=node.kind,
         requested_by=requested_by,
@@ -212,7 +219,6 @@ def _build(
         ended_at=started + wall_s,  # and not by the clock, which may have been set back
         files={},
     )
-    return store.publish(manifest)
 
 
 def entry_point(name: str) -> Callable[[StageContext[Any]], StageResult]:

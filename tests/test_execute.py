@@ -7,15 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator.cluster import FOR_WORKERS
-from orchestrator.execute import run_stages, stage_record
+from orchestrator.execute import Costs, Launched, run_stage, run_stages, stage_record
 from orchestrator.records import StageRecord
 from orchestrator.steps import StageNode
 from orchestrator.store import Manifest, Store
-from trainers.contract import DamagedInputError, StageError
+from trainers.contract import DamagedInputError, Runtime, StageContext, StageError, StageResult
 
 CACHE = StageNode("cache-1", "cache", {}, {}, None)
 STUDENT = StageNode("distill-1", "distill", {}, {"signals": "cache-1"}, None)
@@ -23,7 +24,7 @@ STUDENT = StageNode("distill-1", "distill", {}, {"signals": "cache-1"}, None)
 
 def publish(store: Store, node: StageNode) -> Manifest:
     folder = store.working_folder(node.stage_id)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows").write_text("whole")
     manifest = Manifest(
         node.stage_id, node.kind, "me", {}, {}, None, {}, 0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, {}
@@ -68,6 +69,22 @@ def test_a_damaged_input_that_the_trial_does_not_make_fails_it(tmp_path: Path) -
     store = Store(tmp_path)
     with pytest.raises(DamagedInputError):
         list(run_stages([STUDENT], runner(store, [], lambda: True), store))
+
+
+def test_who_finds_its_files_gone_as_it_publishes_takes_what_another_published(
+    tmp_path: Path,
+) -> None:
+    """It was stopped for so long that another took the stage over, and wakes as that one ends."""
+    store = Store(tmp_path)
+
+    def launch(node: StageNode, context: StageContext[Any]) -> Launched:
+        publish(store, node)  # by the other, which then removes all that was worked on
+        return Launched(StageResult({"loss": 1.0}), Costs(0.0, 0.0, 0.0))
+
+    node = StageNode("prune-1", "prune", {"depth": None, "width": None}, {}, None)
+    record = run_stage(node, store, "mine", "mine", lambda *_: None, Runtime(), launch)
+    assert record.cached
+    assert store.found("prune-1") is not None
 
 
 LEAVES_MEMORY = """
