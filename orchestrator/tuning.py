@@ -421,6 +421,7 @@ def run(
                 with (
                     _ray(address, resources, watcher, lambda: queue.stopping) as room,
                     _scratch() as scratch,
+                    _interruptible(queue, place.stop_file),  # Ray has a handler of its own by now
                 ):
                     at_once = _at_once(resources, room, most)
                     ran_out = _fit(_tuner(desk, resources, room, at_once, scratch))
