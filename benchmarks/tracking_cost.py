@@ -41,14 +41,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from orchestrator import execute, plan, report, space, spec, tracking, tuning
 from orchestrator.ledger import Ledger
 from orchestrator.plan import TrialPlan
-from orchestrator.progress import Board
 from orchestrator.records import StageRecord
-from orchestrator.spec import Resources
 from orchestrator.steps import StageNode
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
@@ -203,8 +200,7 @@ def measure_reporting(node: StageNode, store: Store, rounds: int) -> Reporting:
     marks: list[Mark] = []
     found: list[Distilled] = []
     given = {"store": str(store.root), "node": json.dumps(asdict(node)), "rounds": rounds}
-    nobody = Board(Console(quiet=True), {})
-    with tuning._ray(None, Resources(), nobody), tuning._scratch() as scratch:
+    with tuning._ray(None, False), tuning._scratch() as scratch:
         ended = tune.Tuner(
             tune.with_resources(alternate, {"cpu": 1}),
             param_space=given,

@@ -419,10 +419,11 @@ def run(
             try:
                 # A new Ray each time: what the old one had promised to workers goes with it.
                 with (
-                    _ray(address, resources, watcher, lambda: queue.stopping) as room,
+                    _ray(address, resources.workers > 1),
                     _scratch() as scratch,
                     _interruptible(queue, place.stop_file),  # Ray has a handler of its own by now
                 ):
+                    room = _room_for_a_trial(resources, address, watcher, lambda: queue.stopping)
                     at_once = _at_once(resources, room, most)
                     ran_out = _fit(_tuner(desk, resources, room, at_once, scratch))
             except NoRoomError as error:
@@ -657,13 +658,8 @@ def _callback(desk: _Desk) -> Any:
 
 
 @contextmanager
-def _ray(
-    address: str | None,
-    resources: Resources,
-    watcher: Watcher,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Iterator[_Room]:
-    """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`; gives its room."""
+def _ray(address: str | None, dashboard: bool) -> Iterator[None]:
+    """A Ray of this machine alone, on 127.0.0.1, or the cluster at `address`."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a banner whatever `verbose` says
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -672,8 +668,8 @@ def _ray(
     # A trial of several workers that is stopped early leaks its placement group unless the
     # dashboard is there; for one worker each it would only cost memory.
     try:
-        with cluster.joined(address, dashboard=resources.workers > 1):
-            yield _room_for_a_trial(resources, address, watcher, stopping)
+        with cluster.joined(address, dashboard):
+            yield
     except cluster.UnreachableError as error:
         raise NoRoomError(str(error)) from error
 

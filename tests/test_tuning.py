@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from orchestrator.spec import Resources, load
 from orchestrator.stopping import NoJudge
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
-from orchestrator.tuning import NoRoomError, Place, _Desk, _ray, _room
+from orchestrator.tuning import NoRoomError, Place, _Desk, _ray, _room, _room_for_a_trial
 
 
 class Silent:
@@ -138,16 +141,40 @@ def test_a_cluster_is_given_a_while_for_nodes_and_not_for_ever(
             made.add_node(num_cpus=1)
 
     try:
-        with _ray(made.address, Resources(workers=2), Adds()) as room:
-            assert room.trials == 1
-        monkeypatch.setattr(tuning, "NODES_S", 1.0)
-        asked = Resources(gpus_per_worker=1)
-        with (
-            pytest.raises(NoRoomError, match="one worker of 1 CPUs and 1 GPUs"),
-            _ray(made.address, asked, Silent()),
-        ):
-            pass
+        with _ray(made.address, dashboard=False):
+            two, gpu = Resources(workers=2), Resources(gpus_per_worker=1)
+            found = _room_for_a_trial(two, made.address, Adds(), lambda: False)
+            assert found.trials == 1
+            monkeypatch.setattr(tuning, "NODES_S", 1.0)
+            with pytest.raises(NoRoomError, match="one worker of 1 CPUs and 1 GPUs"):
+                _room_for_a_trial(gpu, made.address, Silent(), lambda: False)
     finally:
+        made.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_sweep_that_waits_for_nodes_can_be_stopped(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    sweep, log = small_sweep.write(tmp_path / "sweeps"), tmp_path / "log"
+    options = ("--address", made.address, "--set", "resources.gpus_per_worker=1")
+    command = small_sweep.command(sweep, tmp_path / "results", *options)
+    try:
+        with log.open("w") as stream:
+            run = subprocess.Popen(command, stdout=stream, stderr=stream)
+            until = time.monotonic() + 120
+            while "waiting for more" not in log.read_text():
+                assert run.poll() is None and time.monotonic() < until, log.read_text()
+                time.sleep(0.1)
+            run.send_signal(number)
+            assert run.wait(120) == 130, log.read_text()
+        assert "the same command goes on from here" in log.read_text()
+    finally:
+        run.kill()
         made.shutdown()
 
 
