@@ -389,7 +389,7 @@ def verify(trial_id: str, results: Path, keep: Path | None, tolerance: float) ->
     no such trial or it cannot be built any more, 130 interrupted.
     """
     from orchestrator import verifying
-    from orchestrator.tuning import NoRoomError
+    from orchestrator.room import NoRoomError
 
     try:
         row = verifying.find(results, trial_id)
@@ -495,7 +495,7 @@ def _run(
     """The exit status of a run."""
     from orchestrator import running
     from orchestrator.asking import MissingTasksError
-    from orchestrator.tuning import NoRoomError
+    from orchestrator.room import NoRoomError
 
     options = running.Options(address, max_concurrent, _command())
     try:

@@ -54,7 +54,7 @@ def run(
     """Run what is left of a sweep, then write records, report and winner.
 
     `results` is absolute: workers run in folders of their own. Before anything starts, raises
-    `tuning.NoRoomError` where no worker of the size asked for has room, and
+    `room.NoRoomError` where no worker of the size asked for has room, and
     `asking.MissingTasksError` where a task cannot be had.
     """
     place = Place(sweep.name, sweep.profile, results / sweep.name / sweep.profile, store)

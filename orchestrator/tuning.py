@@ -17,19 +17,19 @@ import time
 import traceback
 import uuid
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator import cluster, execute, workers
+from orchestrator import cluster, execute, room, workers
 from orchestrator.execute import Interrupted, Runtime
 from orchestrator.faults import is_infrastructure
 from orchestrator.jobs import ATTEMPTS, Job, JobQueue, Outcome, Pace
 from orchestrator.ledger import Ledger
 from orchestrator.records import BlockScore, StageRecord
+from orchestrator.room import Capacity, NoRoomError
 from orchestrator.spec import Resources
 from orchestrator.stages import STAGES
 from orchestrator.steps import StageNode
@@ -44,8 +44,6 @@ LOOK_EVERY_S = 0.5
 LOW_ON_MEMORY = "the worker was killed as its node ran low on memory"
 REPORT_EVERY_S = 4.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
-NODES_S = 600.0
-"""How long the nodes of a cluster may take to join, or to be started, until a trial has room."""
 
 
 class Watcher(Protocol):
@@ -335,7 +333,7 @@ class _Desk:
         if at_work <= 1:
             self.worker_died(running, reason, reason)
             return 1
-        fewer = min(at_once, at_work) - 1
+        fewer = max(1, min(at_once, at_work) - 1)
         for job_id in running:
             self._pace.end(job_id)
             self.queue.put_back(job_id)
@@ -423,9 +421,9 @@ def run(
                     _scratch() as scratch,
                     _interruptible(queue, place.stop_file),  # Ray has a handler of its own by now
                 ):
-                    room = _room_for_a_trial(resources, address, watcher, lambda: queue.stopping)
-                    at_once = _at_once(resources, room, most)
-                    ran_out = _fit(_tuner(desk, resources, room, at_once, scratch))
+                    found = room.wait_for(resources, address, watcher.waits, lambda: queue.stopping)
+                    at_once = found.at_once(resources, most)
+                    ran_out = _fit(_tuner(desk, resources, found, at_once, scratch))
             except NoRoomError as error:
                 if not began:
                     raise
@@ -437,15 +435,6 @@ def run(
             most, began = desk.memory_ran_out(at_once, ran_out), True
     place.remove_stops()
     return Summary(desk.completed, desk.stopped, desk.failed, queue.stopping)
-
-
-def _at_once(resources: Resources, room: _Room, most: int | None) -> int:
-    """How many trials may run at a time."""
-    at_once = most or (room.trials if resources.gpus_per_worker else room.cpus)
-    if resources.workers > 1:
-        # Ray Train makes placement groups that Tune knows nothing of: together they must fit.
-        at_once = min(at_once, room.trials)
-    return max(1, at_once)
 
 
 def _fit(tuner: Any) -> str | None:
@@ -464,13 +453,13 @@ def _fit(tuner: Any) -> str | None:
     return None
 
 
-def _tuner(desk: _Desk, resources: Resources, room: _Room, at_once: int, scratch: Path) -> Any:
+def _tuner(desk: _Desk, resources: Resources, found: Capacity, at_once: int, scratch: Path) -> Any:
     from ray import tune
 
     trainable = tune.with_resources(
         run_jobs, lambda config: tune.PlacementGroupFactory([config["bundle"]])
     )
-    describe = _describer(desk.place, resources, room.widest)
+    describe = _describer(desk.place, resources, found.widest)
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -485,68 +474,6 @@ def _tuner(desk: _Desk, resources: Resources, room: _Room, at_once: int, scratch
             storage_path=str(scratch), callbacks=[_callback(desk)], verbose=0, log_to_file=False
         ),
     )
-
-
-class NoRoomError(Exception):
-    """The cluster is too small for one trial."""
-
-
-@dataclass(frozen=True)
-class _Room:
-    """What the nodes of a Ray hold: all their CPUs, those of the largest node that a worker may be
-    on, and how many trials find a place at the same time."""
-
-    cpus: int
-    widest: int
-    trials: int
-
-
-def _room(resources: Resources, nodes: Sequence[cluster.Room]) -> _Room:
-    gpus = resources.gpus_per_worker
-    widest = int(max((node.cpus for node in nodes if node.gpus >= gpus), default=0))
-    cpus = resources.cpus_per_trial
-    if resources.workers == 1:  # it makes do with the CPUs that there are
-        cpus = max(1, min(cpus, widest))
-    worker = cluster.Room(cpus, gpus)
-    trials = sum(node.holds(worker) for node in nodes) // resources.workers
-    return _Room(int(sum(node.cpus for node in nodes)), widest, trials)
-
-
-def _room_for_a_trial(
-    resources: Resources, address: str | None, watcher: Watcher, stopping: Callable[[], bool]
-) -> _Room:
-    """What the nodes hold, once that is a trial. A cluster is given a while for nodes that still
-    join, or are started when they are needed. Raises `NoRoomError`: Ray would wait for ever."""
-    nodes = cluster.rooms()
-    if not _room(resources, nodes).trials and address is not None:
-        watcher.waits(f"{_lacking(resources, nodes)}; waiting for more, {NODES_S / 60:g} minutes")
-        nodes = _more_nodes(resources, stopping)
-    room = _room(resources, nodes)
-    if not room.trials:
-        raise NoRoomError(f"resources: {_lacking(resources, nodes)}")
-    return room
-
-
-def _more_nodes(resources: Resources, stopping: Callable[[], bool]) -> tuple[cluster.Room, ...]:
-    """The nodes when a trial has room on them, or has waited for long enough. Raises
-    `KeyboardInterrupt` where the sweep is to stop."""
-    deadline = time.monotonic() + NODES_S
-    worker = cluster.Room(resources.cpus_per_trial, resources.gpus_per_worker)
-    with cluster.asked_for(worker, resources.workers):
-        while not _room(resources, nodes := cluster.rooms()).trials:
-            if stopping():
-                raise KeyboardInterrupt
-            if time.monotonic() > deadline:
-                break
-            time.sleep(LOOK_EVERY_S)
-    return nodes
-
-
-def _lacking(resources: Resources, nodes: Sequence[cluster.Room]) -> str:
-    worker = cluster.Room(resources.cpus_per_trial, resources.gpus_per_worker)
-    several = f"{resources.workers} workers, each" if resources.workers > 1 else "one worker"
-    found = ", ".join(f"{number} x {node}" for node, number in Counter(nodes).items())
-    return f"there is no room for {several} of {worker}; the nodes: {found}"
 
 
 def _describer(

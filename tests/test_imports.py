@@ -27,8 +27,9 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "outline": {"growth", "plan", "progress", "space", "spec", "store"},
     "tuning": {
         "execute", "faults", "jobs", "ledger", "plan", "space", "spec", "records", "stages",
-        "steps", "cluster", "stopping", "storage", "store", "tracking", "workers",
+        "steps", "cluster", "room", "stopping", "storage", "store", "tracking", "workers",
     },
+    "room": {"cluster", "spec"},
     "workers": {"execute", "faults", "stages", "steps"},
     "jobs": {"plan", "spec", "stages", "steps", "store"},
     "execute": {"faults", "plan", "stages", "steps", "store", "records"},

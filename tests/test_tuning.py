@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import small_sweep
 
-from orchestrator import tuning
+from orchestrator import room
 from orchestrator.cluster import Room
 from orchestrator.jobs import ATTEMPTS, JobQueue, Outcome, make_jobs
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_sweep
+from orchestrator.room import NoRoomError, capacity_of
 from orchestrator.space import enumerate_trials
 from orchestrator.spec import Resources, load
 from orchestrator.stopping import NoJudge
 from orchestrator.store import Store
 from orchestrator.tracking import Mirror
-from orchestrator.tuning import NoRoomError, Place, _Desk, _ray, _room, _room_for_a_trial
+from orchestrator.tuning import Place, _Desk, _ray
 
 
 class Silent:
@@ -119,12 +120,12 @@ SMALL, LARGE, GPUS = Room(1, 0), Room(4, 0), Room(8, 4)
 def test_a_trial_has_room_where_nodes_hold_each_of_its_workers(
     asked: dict[str, Any], nodes: list[Room], trials: int
 ) -> None:
-    assert _room(Resources(**asked), nodes).trials == trials
+    assert capacity_of(nodes, Resources(**asked)).trials == trials
 
 
 def test_a_worker_takes_no_more_cpus_than_a_node_that_has_its_gpus() -> None:
-    assert _room(Resources(cpus_per_trial=2), [SMALL, SMALL]).widest == 1
-    assert _room(Resources(gpus_per_worker=1), [Room(64, 0), GPUS]).widest == 8
+    assert capacity_of([SMALL, SMALL], Resources(cpus_per_trial=2)).widest == 1
+    assert capacity_of([Room(64, 0), GPUS], Resources(gpus_per_worker=1)).widest == 8
 
 
 @pytest.mark.slow
@@ -135,19 +136,18 @@ def test_a_cluster_is_given_a_while_for_nodes_and_not_for_ever(
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 
-    class Adds(Silent):
-        def waits(self, reason: str) -> None:
-            assert "2 workers, each of 1 CPUs; the nodes: 1 x 1 CPUs" in reason
-            made.add_node(num_cpus=1)
+    def adds(reason: str) -> None:
+        assert "2 workers, each of 1 CPUs; the nodes: 1 x 1 CPUs" in reason
+        made.add_node(num_cpus=1)
 
     try:
         with _ray(made.address, dashboard=False):
             two, gpu = Resources(workers=2), Resources(gpus_per_worker=1)
-            found = _room_for_a_trial(two, made.address, Adds(), lambda: False)
+            found = room.wait_for(two, made.address, adds, lambda: False)
             assert found.trials == 1
-            monkeypatch.setattr(tuning, "NODES_S", 1.0)
+            monkeypatch.setattr(room, "NODES_S", 1.0)
             with pytest.raises(NoRoomError, match="one worker of 1 CPUs and 1 GPUs"):
-                _room_for_a_trial(gpu, made.address, Silent(), lambda: False)
+                room.wait_for(gpu, made.address, lambda _: None, lambda: False)
     finally:
         made.shutdown()
 
