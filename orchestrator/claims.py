@@ -237,31 +237,45 @@ def _versus(records: Records, claim: Better | NoBetter, measure: Measure) -> Ver
 def _versus_each(records: Records, claim: BetterThanEach, measure: Measure) -> Verdict:
     first = _members(records, claim.metric, claim.better, claim.among)
     second = _opponents(records, claim, claim.better, claim.than_each)
-    free = _free(claim.better, claim.than_each)
-    apart = sorted((claim.better if claim.than_each == OTHERS else claim.than_each).keys() - {SEED})
-    by_setting: dict[tuple[str, ...], list[_Member]] = {}
-    for member in second:
-        by_setting.setdefault(tuple(member.settings[name] for name in apart), []).append(member)
-    found: dict[str, _Effect] = {}
-    for key in sorted(by_setting):
-        name = _named(records, by_setting[key][0].trial, apart)
-        if pairs := _pairs(first, by_setting[key], free):
+    free, found = _free(claim.better, claim.than_each), dict[str, _Effect]()
+    opponents = _by_setting(records, claim, second)
+    for name, members in opponents.items():
+        if pairs := _pairs(first, members, free):
             found[name] = _effect(measure, sign_of(claim.metric), pairs)
     if not found:
         return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))
     better = _found_better(found)
     name = better or min(found, key=lambda each: _lowest(found[each].estimate))
-    outcomes = {_outcome(claim, each.estimate) for each in found.values()}
-    repeated = all(each.seeds > 1 for each in found.values())
-    whole = outcomes == {"supported"} and repeated and len(found) == len(by_setting)
+    whole = len(found) == len(opponents) and all(
+        each.seeds > 1 and _outcome(claim, each.estimate) == "supported" for each in found.values()
+    )
     outcome: Outcome = "contradicted" if better else "supported" if whole else "undecided"
-    told, unpaired = found[name], len(by_setting) - len(found)
-    place = "ahead of it" if told.estimate.value < -ROUNDING else "least surely behind it"
+    verdict = _decided(claim, found[name], outcome, found[name].note)
+    note = _about_the_told(found, name, len(opponents) - len(found))
+    return replace(verdict, note="; ".join(filter(None, (note, verdict.note))))
+
+
+def _by_setting(
+    records: Records, claim: BetterThanEach, members: Iterable[_Member]
+) -> dict[str, list[_Member]]:
+    """The members by what tells the settings of the second group apart, by its name."""
+    named = claim.better if claim.than_each == OTHERS else claim.than_each
+    apart = sorted(named.keys() - {SEED})
+    by_keys: dict[tuple[str, ...], list[_Member]] = {}
+    for member in members:
+        by_keys.setdefault(tuple(member.settings[name] for name in apart), []).append(member)
+    return {_named(records, by_keys[key][0].trial, apart): by_keys[key] for key in sorted(by_keys)}
+
+
+def _about_the_told(found: Mapping[str, _Effect], name: str, unpaired: int) -> str:
+    """Which of the opponents an effect is about, and what is lacking of the others."""
+    place = "ahead of it" if found[name].estimate.value < -ROUNDING else "least surely behind it"
     notes = [f"of {len(found)}, {place}: {name}"]
-    notes += [f"no pair with {unpaired} more"] if unpaired else []
-    notes += ["one seed of some decides nothing"] if told.seeds > 1 and not repeated else []
-    verdict = _decided(claim, told, outcome, told.note)
-    return replace(verdict, note="; ".join(filter(None, (*notes, verdict.note))))
+    if unpaired:
+        notes.append(f"no pair with {unpaired} more")
+    if found[name].seeds > 1 and any(each.seeds == 1 for each in found.values()):
+        notes.append("one seed of some decides nothing")
+    return "; ".join(notes)
 
 
 def _free(group: Mapping[str, Any], than: Mapping[str, Any]) -> set[str]:

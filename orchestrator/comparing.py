@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from orchestrator.answers import not_counted
 from orchestrator.claims import Verdict, judge
 from orchestrator.inference import Estimate, Resamples, holm, interval
 from orchestrator.located import LocatedError, read_file
@@ -29,7 +30,6 @@ from orchestrator.selection import (
     configuration_key,
     groups,
     labels,
-    not_counted,
     rank,
     task_of,
     value_of,

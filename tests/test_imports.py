@@ -67,7 +67,8 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
     "registry": set(),
     "mirroring": {"leases", "ledger", "records", "runs", "tracking"},
     "inference": set(),
-    "selection": {"asked", "inference", "records", "wording"},
+    "answers": {"inference", "records"},
+    "selection": {"answers", "asked", "inference", "records", "wording"},
     "pareto": {"asked", "records", "selection"},
     "claims": {"asked", "inference", "selection", "records"},
     "published": set(),
@@ -78,7 +79,8 @@ ORCHESTRATOR: dict[str, set[str] | str] = {
         "tables",
     },
     "comparing": {
-        "asked", "claims", "inference", "located", "recorded", "records", "selection", "wording",
+        "answers", "asked", "claims", "inference", "located", "recorded", "records", "selection",
+        "wording",
     },
     "side_by_side": {"asked", "claims", "comparing", "inference", "progress"},
     "figures": {

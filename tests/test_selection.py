@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from orchestrator.answers import not_counted
 from orchestrator.inference import holm, mcnemar, pooled_noise
 from orchestrator.records import TEACHER, ItemRecord, Records, TrialRecord
 from orchestrator.selection import (
@@ -21,7 +22,6 @@ from orchestrator.selection import (
     axis_names,
     configuration_key,
     labels,
-    not_counted,
     over_seeds,
     rank,
     winner,
