@@ -139,7 +139,8 @@ def _as_claim(value: Any) -> Any:
         raise PydanticCustomError("claim", "must be a mapping")
     present = [key for key in _KINDS if key in value]
     if len(present) == 1:
-        each = present == ["better"] and "than_each" in value
+        # Also where that is misspelt: the message is then about what was meant.
+        each = present == ["better"] and any(str(key).startswith("than_") for key in value)
         kind = BetterThanEach if each else _KINDS[present[0]]
         return kind.model_validate(value, strict=True)
     given = " and ".join(present) or "none"

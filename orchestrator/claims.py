@@ -251,7 +251,7 @@ def _versus_each(records: Records, claim: BetterThanEach, measure: Measure) -> V
     )
     outcome: Outcome = "contradicted" if better else "supported" if whole else "undecided"
     verdict = _decided(claim, found[name], outcome, found[name].note)
-    note = _about_the_told(found, name, len(opponents) - len(found))
+    note = _about_the_told(found, name, better is not None, len(opponents) - len(found))
     return replace(verdict, note="; ".join(filter(None, (note, verdict.note))))
 
 
@@ -267,10 +267,10 @@ def _by_setting(
     return {_named(records, by_keys[key][0].trial, apart): by_keys[key] for key in sorted(by_keys)}
 
 
-def _about_the_told(found: Mapping[str, _Effect], name: str, unpaired: int) -> str:
+def _about_the_told(found: Mapping[str, _Effect], name: str, better: bool, unpaired: int) -> str:
     """Which of the opponents an effect is about, and what is lacking of the others."""
-    place = "ahead of it" if found[name].estimate.value < -ROUNDING else "least surely behind it"
-    notes = [f"of {len(found)}, {place}: {name}"]
+    told = f"{name} is better, one" if better else f"against {name}, the least certain"
+    notes = [f"{told} of {len(found)}"]
     if unpaired:
         notes.append(f"no pair with {unpaired} more")
     if found[name].seeds > 1 and any(each.seeds == 1 for each in found.values()):

@@ -306,8 +306,9 @@ def _profile_path(sweep: Path, name: str, origin: Origin) -> Path:
 def _available(sweep: Path, name: str) -> str:
     folder = sweep.parent / "profiles"
     there = [path.stem for path in folder.glob("*.yaml")]
-    listed = ", ".join(nearest_first(name, there)) or "none"
-    return f"{hint(name, there)}; in {folder}: {listed}"
+    if not there:
+        return f"; there are none in {folder}: name a file, as --profile sweeps/profiles/tiny.yaml"
+    return f"{hint(name, there)}; in {folder}: {', '.join(nearest_first(name, there))}"
 
 
 def _lift_seeds(tree: Node) -> tuple[Node, list[Problem]]:

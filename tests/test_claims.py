@@ -175,7 +175,7 @@ def test_better_than_each_looks_at_every_setting_where_better_than_looks_at_thei
     verdict = judged(found, asked(EACH))
     assert verdict.verdict == "contradicted"
     assert interval(verdict)[0] == pytest.approx(-0.0966667, abs=1e-6)
-    assert verdict.note == "of 2, ahead of it: way=old"
+    assert verdict.note == "way=old is better, one of 2"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_better_than_each_is_as_sure_as_the_least_certain_comparison(
     verdict = judged(found, asked(EACH))
     alone = judged(found, asked(NEW_BETTER))
     assert (verdict.verdict, verdict.effect) == (expected, alone.effect)
-    assert verdict.note == "of 2, least surely behind it: way=old"
+    assert verdict.note == "against way=old, the least certain of 2"
 
 
 def test_each_of_the_others_is_a_setting_of_the_axes_that_the_group_names() -> None:
@@ -202,7 +202,7 @@ def test_each_of_the_others_is_a_setting_of_the_axes_that_the_group_names() -> N
     claim = asked({"better": {"way": "new", "size": 1}, "than_each": "others"})
     verdict = judged(found, claim)
     assert (verdict.verdict, verdict.pairs, verdict.seeds) == ("supported", 2 * 3, 3)
-    assert verdict.note == "of 2, least surely behind it: size=2, way=new"
+    assert verdict.note == "against size=2, way=new, the least certain of 2"
 
 
 def test_better_than_each_needs_data_of_each() -> None:
@@ -571,6 +571,8 @@ def test_a_sweep_hands_its_claims_on_in_its_resolved_form(tmp_path: Path) -> Non
         ({"better": {}}, "claims.0.better: needs at least 1"),
         ({"within": 0.1}, "claims.0.within: unknown key"),
         ({"than_each": {"prune.depth.contiguous": True}}, "claims.0.than: unknown key"),
+        ({"than_eech": {"prune.depth.contiguous": True}}, "claims.0.than_eech: unknown key, did "
+         "you mean 'than_each'?"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_claim_is_told_with_its_place(
