@@ -552,7 +552,9 @@ def test_a_sweep_away_from_the_profiles_is_told_how_to_name_one(folder, tmp_path
     away = tmp_path / "away" / "sweep.yaml"
     away.parent.mkdir()
     away.write_text((folder.root / "sweep.yaml").read_text())
-    with pytest.raises(SpecError, match=r"there are none in .*away/profiles: name a file, as --prof"):
+    with pytest.raises(
+        SpecError, match=r"there are none in .*away/profiles: name a file, as --prof"
+    ):
         load(away)
     assert load(away, str(folder.root / "profiles" / "tiny.yaml")).profile == "tiny"
 
