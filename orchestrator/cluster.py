@@ -6,6 +6,7 @@ of this code, so both are sent along.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -52,9 +53,7 @@ PASSED_ON = (
 by one: what is sent stands readable in Ray's dashboard, and tokens are set on the nodes."""
 
 SETTLE_S = 0.5
-"""Before Ray is left. What Ray still hears of its actors' ends in the moment in which it is shut
-down ends the whole process, with status 1 and without a word (ray-project/ray, pull request 19115):
-seen once in some hundred sweeps that left it at once."""
+"""Before Ray is left, for what it still hears of its actors' ends."""
 CONNECT_S = 5.0
 LOOK_S = 120.0
 
@@ -100,8 +99,27 @@ def joined(address: str | None, dashboard: bool) -> Iterator[Joined]:
     try:
         yield Joined(context.dashboard_url or None)
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Shut Ray down, with nothing of it left for another thread to find.
+
+    Ray ends the whole process, with status 1 and without a word, where a thread lets go of a
+    reference to one of its objects in the moment of its end (ray-project/ray, pull request 19115).
+    Tune's are in cycles, and the garbage collector runs in whichever thread happens to need it.
+    """
+    import ray
+
+    collects = gc.isenabled()
+    gc.disable()
+    try:
         time.sleep(SETTLE_S)
+        gc.collect()
         ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def first_line(error: Exception) -> str:

@@ -97,6 +97,40 @@ def test_a_ray_of_its_own_listens_on_127_0_0_1_alone_and_joins_no_other(tmp_path
     assert found == {"doors": True, "open_at": here, "sent": "0", "nodes": here}
 
 
+COLLECTED = """
+import threading, time
+import ray
+from orchestrator import cluster
+
+class Cycle:
+    def __init__(self):
+        self.me, self.held = self, ray.put(0)
+    def __del__(self):
+        time.sleep(1e-4)  # lets go of the interpreter, as whatever else has to be deleted may do
+
+def in_another_thread_than(shutdown):
+    import gc
+    def both():
+        threading.Thread(target=gc.collect, daemon=True).start()
+        shutdown()
+    return both
+
+with cluster.joined(None, dashboard=False):
+    for _ in range(500):  # too few for the collector to come by itself
+        Cycle()
+    ray.shutdown = in_another_thread_than(ray.shutdown)
+print("wrote the report")
+"""
+
+
+@pytest.mark.slow
+def test_what_is_collected_as_ray_is_left_does_not_end_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTED], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "wrote the report\n"), done.stderr
+
+
 # --- two nodes on one machine ----------------------------------------------------------------
 
 
