@@ -91,6 +91,6 @@ def run(sweep: Path, results: Path, *options: str) -> subprocess.CompletedProces
         command(sweep, results, *options),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
         env={**os.environ, "MLFLOW_TRACKING_URI": ""},
     )
