@@ -31,7 +31,7 @@ test: $(STAMP) browser  ## all tests, slow ones included, but for those that bre
 	$(BIN)/python -m pytest -m "slow and not faults" -n 2 --dist loadfile --durations=15
 
 test-faults: $(STAMP)  ## real sweeps whose processes, disks and files are broken: minutes
-	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m faults -n 2 --dist load --durations=15
 
 check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

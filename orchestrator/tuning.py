@@ -8,6 +8,7 @@ scratch: what is finished is known from the ledger alone. The only import of ray
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import os
 import shutil
@@ -44,6 +45,12 @@ LOOK_EVERY_S = 0.5
 LOW_ON_MEMORY = "the worker was killed as its node ran low on memory"
 REPORT_EVERY_S = 4.0
 """A report costs worker, driver and Ray 4 ms of CPU: twice a second, that is 0.7% of any step."""
+
+
+class _Describe(Protocol):
+    """Makes the settings of a Tune trial: jobs for a worker, or modules for it to load."""
+
+    def __call__(self, jobs: Sequence[Job], imports: Sequence[str] = ()) -> dict[str, Any]: ...
 
 
 class Watcher(Protocol):
@@ -107,9 +114,13 @@ class Place:
 
 def run_jobs(config: dict[str, Any]) -> None:
     """Run one job after the other in a Tune worker, and report the result of each. Failures come
-    back as data, so that the worker stays warm."""
+    back as data, so that the worker stays warm. Without jobs it is warmed up: it loads modules."""
     from ray import tune
 
+    for module in config["imports"]:
+        importlib.import_module(module)
+    if config["imports"]:
+        tune.report({"warm": True})  # Tune prints a line about a trial that reports nothing
     for work in _unpacked(config["work"]):
         asked_to_stop = Path(work["stop_file"]).exists()
         found = _result("interrupted", None, None, ()) if asked_to_stop else _worked(work)
@@ -312,6 +323,15 @@ class _Desk:
             jobs.append(job)
         return jobs
 
+    def to_import(self, warmed: int) -> list[str]:
+        """What one more worker may load while it has nothing to do, so many having done so: the
+        modules of the stages that wait. None where what waits is too little, or measures time."""
+        waiting = self.queue.waiting
+        if len(waiting) <= warmed + 1 or any(job.alone or job.then for job in waiting):
+            return []
+        kinds = {node.kind for job in waiting for node in job.nodes}
+        return sorted({STAGES[kind].entry_point.split(":")[0] for kind in kinds})
+
     def begin(self, jobs: Sequence[str]) -> None:
         """A worker has come to the first of these jobs that has not ended."""
         job_id = next((each for each in jobs if each in self.queue.running), None)
@@ -463,7 +483,7 @@ def _tuner(desk: _Desk, resources: Resources, found: Capacity, at_once: int, scr
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(desk, describe),
+            search_alg=_searcher(desk, describe, at_once - 1 if resources.workers == 1 else 0),
             num_samples=-1,
             reuse_actors=True,
             max_concurrent_trials=at_once,
@@ -476,9 +496,7 @@ def _tuner(desk: _Desk, resources: Resources, found: Capacity, at_once: int, scr
     )
 
 
-def _describer(
-    place: Place, resources: Resources, widest: int
-) -> Callable[[Sequence[Job]], dict[str, Any]]:
+def _describer(place: Place, resources: Resources, widest: int) -> _Describe:
     several = resources.workers > 1
 
     def work_of(job: Job, cpus: int) -> dict[str, Any]:
@@ -503,8 +521,8 @@ def _describer(
             },
         }
 
-    def describe(jobs: Sequence[Job]) -> dict[str, Any]:
-        cpus = min(jobs[0].cpus, widest)
+    def describe(jobs: Sequence[Job], imports: Sequence[str] = ()) -> dict[str, Any]:
+        cpus = min(jobs[0].cpus if jobs else resources.cpus_per_trial, widest)
         bundle = {"CPU": workers.WAITING_CPU if several else float(cpus)}
         if resources.gpus_per_worker and not several:
             bundle["GPU"] = resources.gpus_per_worker
@@ -513,21 +531,31 @@ def _describer(
             "jobs": [job.job_id for job in jobs],
             "bundle": bundle,
             "work": _packed(work),
+            "imports": list(imports),
         }
 
     return describe
 
 
-def _searcher(desk: _Desk, describe: Callable[[Sequence[Job]], dict[str, Any]]) -> Any:
-    """Tune's searcher that proposes the next ready job, and waits while there is none."""
+def _searcher(desk: _Desk, describe: _Describe, spare: int) -> Any:
+    """Tune's searcher that proposes the next ready job, and waits while there is none. Meanwhile as
+    many workers as are to `spare` start and load what they will need: that takes seconds, in which
+    the first one does what all wait for."""
     from ray.tune.search import Searcher
 
     class Jobs(Searcher):  # type: ignore[misc]
+        warmed = 0
+
         def suggest(self, trial_id: str) -> Any:
             jobs = desk.next_jobs()
             if jobs:
                 return describe(jobs)
-            return Searcher.FINISHED if desk.queue.exhausted else None
+            if desk.queue.exhausted:
+                return Searcher.FINISHED
+            if self.warmed < spare and (imports := desk.to_import(self.warmed)):
+                self.warmed += 1
+                return describe([], imports)
+            return None
 
         def on_trial_complete(
             self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

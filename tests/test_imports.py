@@ -206,6 +206,11 @@ def test_what_the_planner_reads_of_the_trainers_needs_no_torch(name: str) -> Non
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_worker_that_trains_does_not_load_mlflow_and_still_can() -> None:
+    code = "import sys, trainers.engine; assert 'mlflow' not in sys.modules; import mlflow"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("command", ["plan", "validate"])
 def test_planning_imports_neither_torch_nor_ray(command: str) -> None:
     code = (

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,23 @@ def test_of_jobs_that_ran_beside_each_other_none_is_charged_and_fewer_run(tmp_pa
     assert work.memory_ran_out(64, "no memory") == 1
     assert {job.job_id for job in jobs} <= {job.job_id for job in work.queue.waiting}
     assert not any(work.queue.attempts[job.job_id] for job in jobs)
+
+
+def test_workers_load_what_waits_only_while_there_is_more_than_one_can_do(tmp_path: Path) -> None:
+    work, _ = desk(tmp_path)
+    work.next_jobs()
+    assert not work.next_jobs(), "all wait for the first stage"
+    found = work.to_import(0)
+    assert {"trainers.prune", "trainers.distill", "trainers.evaluate"} <= set(found)
+    assert work.to_import(len(work.queue.waiting) - 2)
+    assert not work.to_import(len(work.queue.waiting) - 1)
+
+
+def test_no_worker_loads_anything_beside_a_sweep_that_measures_time(tmp_path: Path) -> None:
+    work, _ = desk(tmp_path)
+    work.next_jobs()
+    work.queue.waiting[-1] = replace(work.queue.waiting[-1], alone=True)
+    assert not work.to_import(0)
 
 
 SMALL, LARGE, GPUS = Room(1, 0), Room(4, 0), Room(8, 4)

@@ -87,7 +87,7 @@ def _by_perplexity(
 ) -> tuple[Rows, StageResult]:
     model, blocks_NL = _model(context), _calibration(context, criterion.samples)
     places = _places(model, criterion.block_lengths)
-    tick = Ticker(context.reporter, len(blocks_NL))
+    tick = Ticker(context.reporter, len(blocks_NL) * (1 + len(places)))
     intact, *others = losses_without(model, blocks_NL, places, tick)
     rows = _leaving_out(
         criterion.kind, places, {"lm_loss": intact}, [{"lm_loss": loss} for loss in others]
@@ -103,7 +103,8 @@ def losses_without(
 ) -> list[float]:
     """LM loss in nats a predicted token: of the intact model, then without each block of layers.
 
-    Where torch.distributed runs, each process takes its share of `blocks_NL`.
+    `tick` counts texts, once for each model. Where torch.distributed runs, each process takes its
+    share of `blocks_NL`.
     """
     rank, processes = workers.rank_and_processes()
     mine_NL = blocks_NL[rank::processes]
@@ -112,10 +113,10 @@ def losses_without(
         batch_BL = mine_NL[start : start + BLOCKS_A_BATCH].to(model.device)
         for number, hidden_BLD in enumerate(hidden_without(model, batch_BL, places)):
             sums[number] += _summed_loss(model, hidden_BLD, batch_BL)
-        tick(len(batch_BL))
+            tick(len(batch_BL))
     if processes > 1:
         distributed.all_reduce(sums)
-        tick(len(blocks_NL) - len(mine_NL))
+        tick((len(blocks_NL) - len(mine_NL)) * len(sums))
     predicted = blocks_NL.shape[0] * (blocks_NL.shape[1] - 1)
     return [float(total) / predicted for total in sums]
 
