@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import socket
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,10 +62,9 @@ def quiet_environment() -> None:
 def new_client(uri: str) -> Any:
     """MLflow's client, with the registry where the runs are."""
     quiet_environment()
-    first = "mlflow" not in sys.modules
     from mlflow.tracking import MlflowClient
 
-    if first:
+    if not gc.get_freeze_count():
         # Half a million objects that stay. The garbage collector would walk through them after
         # every twenty trials or so: more than a tenth of what it costs to write these.
         gc.freeze()
