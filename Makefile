@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Every sweep; `make sweeps` runs them one after the other, and what they share only once.
 SWEEPS := depth_ablation width_vs_depth importance_aggregation importance_iterations target_sizes \
 	candidates chain closest_source initialisation losses hidden_losses temperature \
-	teacher_correction conventional_vs_distilled teacher_signals early_stopping throughput
+	teacher_correction phases conventional_vs_distilled teacher_signals early_stopping throughput
 PROFILE ?= tiny
 
 .PHONY: run sweeps practices publish test test-faults check browser smollm2 clean

@@ -280,8 +280,25 @@ LAYOUTS = (
             ),
         ),
     ),
-    # No sweep prunes the models of two phases: the practices' page shows what was published.
-    Layout(published.P1_T20, ("accuracy.mean", "lm_loss.after")),
+    Layout(
+        published.P1_T20,
+        ("accuracy.mean", "lm_loss.after"),
+        (
+            Feed(
+                "phases",
+                {
+                    ("first phase; both phases", "113B"): {"pruned": "first_phase"},
+                    ("last phase; last phase", "94B"): {"pruned": "last_phase"},
+                },
+                {
+                    ("first phase; last phase, taught by the first", ""): {
+                        "pruned": "first_phase_taught_by_it"
+                    },
+                },
+                "Here all are retrained on the data of the last phase, for as many tokens each.",
+            ),
+        ),
+    ),
 )
 
 TEACHER_AND_STUDENTS: Mapping[str, Mapping[str, tuple[str, Group]]] = {
@@ -316,23 +333,6 @@ def filled(records: Records, ranking: Ranking | None, about: str) -> tuple[Fille
         for table in _tables(records, layout, feed, about)
     ]
     return (*found, *_accuracies(records, ranking, about))
-
-
-def unfed() -> tuple[Filled, ...]:
-    """The papers' tables that no sweep of ours feeds: what was published, and no run."""
-    return tuple(
-        Filled(
-            layout.table.name,
-            f"{layout.table.title}: {layout.table.source}. No sweep feeds it.",
-            (*_heads(layout.table), ("seeds", 0), *_ours(layout)),
-            tuple(
-                (*label, *figures, None, *(None for _ in _ours(layout)))
-                for label, figures in layout.table.rows
-            ),
-        )
-        for layout in LAYOUTS
-        if not layout.feeds
-    )
 
 
 # --- rows ------------------------------------------------------------------------------------

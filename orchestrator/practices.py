@@ -227,11 +227,6 @@ def _section(gathered: Gathered, practice: Practice, beside: Path) -> str:
     if tables := _tables_of(gathered, practice):
         links = "\n".join(f"- [{each.title}]({_link(each.path, beside)})" for each in tables)
         parts.append(f"The papers' tables with ours beside:\n\n{links}\n")
-    for each in papers.unfed():
-        known = papers.published_as(each.name)
-        if known is not None and practice.number in known.practices:
-            columns = tuple(Column(name, digits) for name, digits in each.columns)
-            parts.append(Table(each.name, each.caption, columns, each.rows).to_markdown())
     return "\n".join(parts)
 
 

@@ -265,7 +265,7 @@ def test_two_processes_measure_what_one_measures(
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((both / "result.json").read_text())
-    assert result["metrics"] == pytest.approx(dict(alone.metrics), abs=1e-6)
+    assert result["metrics"] == pytest.approx(dict(alone.metrics), abs=1e-5)
     assert (result["tokens"], result["flops"]) == (alone.tokens, alone.flops)
     one, two = (read_rows(folder / "items.jsonl") for folder in (context.out, both))
     assert [row | {"score": 0} for row in two] == [row | {"score": 0} for row in one]

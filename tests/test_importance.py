@@ -497,7 +497,7 @@ def test_two_processes_come_to_the_scores_of_one(
     found = read_rows(both / "scores.jsonl")
     assert [row | {"value": 0} for row in found] == [row | {"value": 0} for row in expected]
     assert [row["value"] for row in found] == pytest.approx(
-        [row["value"] for row in expected], abs=1e-6
+        [row["value"] for row in expected], abs=1e-5
     )
     result = json.loads((both / "result.json").read_text())
     assert (result["tokens"], result["flops"]) == (alone.tokens, alone.flops)

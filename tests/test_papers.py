@@ -231,12 +231,3 @@ def test_latex_has_as_many_cells_a_row_as_columns_and_no_bare_special(records: R
         for line in body:
             assert not re.search(r"(?<!\\)[%#_^~]", line), line
             assert line.isascii(), line
-
-
-def test_a_table_that_no_sweep_feeds_shows_what_was_published_and_no_run() -> None:
-    (unfed,) = papers.unfed()
-    assert unfed.name == "p1_t20"
-    assert papers.published_as(unfed.name) is published.P1_T20
-    assert [row[2] for row in unfed.rows] == [54.7, 61.9]
-    ours = [name for name, _ in unfed.columns].index("seeds")
-    assert all(cell is None for row in unfed.rows for cell in row[ours:])

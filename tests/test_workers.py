@@ -270,7 +270,11 @@ def values(out: Path, name: str = "loss") -> list[float]:
 
 
 def assert_same(found: Path, expected: Path) -> None:
-    """The same curve and the same weights, read by plain transformers."""
+    """The same curve and the same weights, read by plain transformers.
+
+    Where a gradient is nearly zero, Adam turns its rounding, which differs between processors, into
+    a part of a step: a hundredth of the learning rate was seen after all twenty.
+    """
     for name in ("loss", "kd_loss", "hidden_loss", "learning_rate"):
         assert len(values(expected, name)) == STEPS
         assert values(found, name) == pytest.approx(values(expected, name), abs=1e-5, rel=0)
@@ -280,7 +284,7 @@ def assert_same(found: Path, expected: Path) -> None:
     for (name, weight), (_, other) in zip(
         ours.named_parameters(), theirs.named_parameters(), strict=True
     ):
-        torch.testing.assert_close(weight, other, rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +344,7 @@ def test_workers_share_the_held_out_text_that_is_measured_on_the_way(tmp_path: P
     assert blocks == 19
     out = run_workers("measured", tmp_path / "two")
     found = [json.loads((out / f"worker{worker}.txt").read_text()) for worker in range(2)]
-    assert [loss for loss, _ in found] == pytest.approx([expected] * 2, abs=1e-6)
+    assert [loss for loss, _ in found] == pytest.approx([expected] * 2, abs=1e-5)
     assert [blocks for _, blocks in found] == [8 + 3, 8]
 
 
