@@ -7,6 +7,7 @@ doubled, what failed has a reason in its row, and once the cause is gone the sam
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -172,16 +173,24 @@ def test_workers_that_a_node_has_no_memory_for_are_tried_again_with_fewer_at_onc
     most = memory.total - memory.available + 5e9
     threshold = f"{most / memory.total:.4f}"
     run = faults.start(calm.sweep, results, RAY_memory_usage_threshold=threshold)
-    run.until(lambda: faults.furthest(results), "a student had a checkpoint")
-    ballast: list[bytearray] = []
+    ballast: list[mmap.mmap] = []
+
+    def fill(left: float) -> None:
+        # Again and again: what runs beside this test gives memory back, too.
+        room = int(psutil.virtual_memory().available - (memory.total - most) - left)
+        if room > 50e6:
+            how = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+            ballast.append(mmap.mmap(-1, room, flags=how))
+
+    def reached() -> bool:
+        fill(left=2e9)  # most of it now: the student takes seconds
+        return bool(faults.furthest(results))
 
     def killed() -> bool:
-        # Again and again: what runs beside this test gives memory back, too.
-        room = psutil.virtual_memory().available - (memory.total - most) + 1e9
-        if room > 0:
-            ballast.append(bytearray(b"1") * int(room))
+        fill(left=-1e9)
         return "ran low on memory" in run.output
 
+    run.until(reached, "a student had a checkpoint")
     run.until(killed, "a worker was killed")
     ballast.clear()
     run.ends(0)
