@@ -325,9 +325,12 @@ class _Desk:
 
     def to_import(self, warmed: int) -> list[str]:
         """What one more worker may load while it has nothing to do, so many having done so: the
-        modules of the stages that wait. None where what waits is too little, or measures time."""
+        modules of the stages that wait. None where what waits is too little or measures time, nor
+        where a worker would be of another size than the next job needs."""
         waiting = self.queue.waiting
-        if len(waiting) <= warmed + 1 or any(job.alone or job.then for job in waiting):
+        sizes = {job.cpus for job in (*waiting, *self.queue.running.values())}
+        timed = any(job.alone or job.then for job in waiting)
+        if len(waiting) <= warmed + 1 or timed or len(sizes) > 1:
             return []
         kinds = {node.kind for job in waiting for node in job.nodes}
         return sorted({STAGES[kind].entry_point.split(":")[0] for kind in kinds})

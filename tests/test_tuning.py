@@ -107,10 +107,13 @@ def test_workers_load_what_waits_only_while_there_is_more_than_one_can_do(tmp_pa
     assert not work.to_import(len(work.queue.waiting) - 1)
 
 
-def test_no_worker_loads_anything_beside_a_sweep_that_measures_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"alone": True}, {"cpus": 2}], ids=["timed", "wider"])
+def test_no_worker_loads_anything_in_the_way_of_a_job_that_is_timed_or_wider(
+    tmp_path: Path, other: Mapping[str, Any]
+) -> None:
     work, _ = desk(tmp_path)
     work.next_jobs()
-    work.queue.waiting[-1] = replace(work.queue.waiting[-1], alone=True)
+    work.queue.waiting[-1] = replace(work.queue.waiting[-1], **other)
     assert not work.to_import(0)
 
 
