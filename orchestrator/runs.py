@@ -38,6 +38,8 @@ CONFIG_TAG = "orchestrate.config"
 """The artifact with a trial's settings, once it is there."""
 CONFIG = "config.json"
 
+LEARNING_RATE = "learning_rate"
+
 STATUS = {"completed": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 PARAMETER_LENGTH = 6000
 """How long MLflow allows a parameter to be."""
@@ -115,6 +117,13 @@ def metrics_of(trial: TrialRecord) -> dict[str, float]:
     first = sorted(trial.metrics, key=lambda name: (name != "accuracy.mean", name))
     found = {**{name: trial.metrics[name] for name in first}, **sizes}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def points_of(curves: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """What is shown of a trial's curves: all that was measured, and every tenth point of the
+    learning rate, which the settings determine. Points are most of what a run costs."""
+    rates = [point for point in curves if point.name == LEARNING_RATE]
+    return [point for point in curves if point.name != LEARNING_RATE] + rates[::-10][::-1]
 
 
 def run_name(trial: TrialRecord, short: Mapping[str, str]) -> str:
@@ -405,7 +414,7 @@ class Runs:
         tags = {CONFIG_TAG: CONFIG} if self._attached(run_id, record.config) else {}
         if record.reason:
             tags[REASON_TAG] = record.reason
-        points = [Metric(_name(p.name), p.value, p.time_ms, p.step) for p in curves]
+        points = [Metric(_name(p.name), p.value, p.time_ms, p.step) for p in points_of(curves)]
         self._client.log_batch(
             run_id,
             metrics=[*_summary(metrics_of(record), record.ended_at), *points],

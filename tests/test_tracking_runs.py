@@ -452,3 +452,18 @@ def test_a_checkpoint_of_another_trial_is_not_registered_as_the_winners(results:
 )
 def test_only_a_database_points_to_folders_of_this_machine(uri: str, takes: bool) -> None:
     assert registry.takes_folders(uri) is takes
+
+
+def test_curves_are_shown_whole_but_for_the_learning_rate_which_the_settings_tell() -> None:
+    curves = [
+        CurvePoint("t", step, step, step, name, 1.0 / step)
+        for step in range(1, 121)
+        for name in ("loss", "kd_loss", "learning_rate")
+    ]
+    shown = runs.points_of(curves)
+    for name, steps in (("loss", range(1, 121)), ("learning_rate", range(10, 121, 10))):
+        assert [point.step for point in shown if point.name == name] == [*steps]
+    assert [point for point in shown if point.name == "kd_loss"] == [
+        point for point in curves if point.name == "kd_loss"
+    ]
+    assert [p.step for p in runs.points_of(curves[: 3 * 7]) if p.name == "learning_rate"] == [7]
