@@ -136,7 +136,7 @@ def _members(
 ) -> list[_Member]:
     """The trials of a group that completed with a value of the metric, by id."""
     own, narrowed = _rule(records, group), _rule(records, among or {})
-    found, seeded = [], _teachers_have_seeds(records)
+    found, seeded = [], records.teachers_have_seeds
     for trial in records.trials:
         settings, value = _settings(trial, seeded), value_of(trial, metric)
         meant = (BASELINE in group) == (BASELINE in settings) and _fits(settings, own)
@@ -176,14 +176,9 @@ def _settings(trial: TrialRecord, teachers_have_seeds: bool) -> dict[str, str]:
     return found
 
 
-def _teachers_have_seeds(records: Records) -> bool:
-    """Whether every seed has a teacher of its own, as where it is trained and not loaded."""
-    return len({trial.seed for trial in records.trials if trial.baseline == TEACHER}) > 1
-
-
 def _rule(records: Records, group: Mapping[str, Any]) -> dict[str, set[str]]:
     """By name, the keys of the values that a group means."""
-    seeded = _teachers_have_seeds(records)
+    seeded = records.teachers_have_seeds
     all_settings = [_settings(trial, seeded) for trial in records.trials] if group else []
     return {
         name: keys_meant(wanted, {each[name] for each in all_settings if name in each})
@@ -438,7 +433,7 @@ def _ranking(records: Records, claim: RankingChanges) -> Verdict:
 
 def _measured(records: Records, claim: RankingChanges) -> list[TrialRecord]:
     """The trials, the teacher's aside, that have both values and are among those meant."""
-    rule, seeded = _rule(records, claim.among or {}), _teachers_have_seeds(records)
+    rule, seeded = _rule(records, claim.among or {}), records.teachers_have_seeds
     by_configuration = sorted(records.trials, key=lambda t: (configuration_key(t), t.trial_id))
     return [
         trial

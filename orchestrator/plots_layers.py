@@ -47,13 +47,13 @@ class BlockLine:
 class Blocks:
     """Importance stages that differ in nothing but the seed, taken together.
 
-    `teachers` counts them. `interval` says what the values' intervals rest on: the teachers, the
+    `seeds` counts them. `interval` says what the values' intervals rest on: the seeds, the
     `questions` that were asked without each block, or nothing.
     """
 
     title: str
-    teachers: int
-    interval: Literal["teachers", "questions", "none"]
+    seeds: int
+    interval: Literal["seeds", "questions", "none"]
     questions: int | None
     intact: Estimate | None
     lines: tuple[BlockLine, ...]
@@ -120,8 +120,8 @@ def _together(
     lengths = _shown_lengths({length for length, _ in values if length > 0})
     return Blocks(
         title=title,
-        teachers=len(stages),
-        interval="teachers" if len(stages) > 1 else "questions" if questions else "none",
+        seeds=len(stages),
+        interval="seeds" if len(stages) > 1 else "questions" if questions else "none",
         questions=questions,
         intact=estimates.get((0, 0)),
         lines=tuple(_line(length, estimates) for length in lengths),
@@ -129,7 +129,7 @@ def _together(
 
 
 def _estimate(values: Sequence[float], questions: int | None) -> Estimate:
-    """Student's t over teachers; of one teacher's accuracy Wilson's interval over questions."""
+    """Student's t over seeds; of a single accuracy Wilson's interval over its questions."""
     if questions is None:
         return over_seeds(values)
     (value,) = values
@@ -198,7 +198,11 @@ def layer_importance(records: Records, name: str) -> Drawing | None:
         for row in grid:
             row[0].set_ylabel(SCORES[name][0])
         legend_below(figure, *panels[: len(shown)])
-    return Drawing(f"layer_importance_{name}", _caption(name, shown, len(found)), figure)
+    return Drawing(
+        f"layer_importance_{name}",
+        _caption(name, shown, len(found), records.teachers_have_seeds),
+        figure,
+    )
 
 
 def _draw(axes: Any, shown: Blocks, name: str, lengths: Sequence[int]) -> None:
@@ -219,19 +223,20 @@ def _draw(axes: Any, shown: Blocks, name: str, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _caption(name: str, shown: Sequence[Blocks], found: int) -> str:
+def _caption(name: str, shown: Sequence[Blocks], found: int, teachers_have_seeds: bool) -> str:
     text = (
         f"{SCORES[name][1]} when a block of consecutive layers is left out and nothing is "
         "retrained, by the layer where the block ends (the first layer is 1)."
     )
-    teachers = {each.teachers for each in shown}
-    if max(teachers) > 1:
-        few, many = min(teachers), max(teachers)
+    seeds = {each.seeds for each in shown}
+    if max(seeds) > 1:
+        few, many = min(seeds), max(seeds)
         count = f"{many}" if few == many else f"{few} to {many}"
-        text += (
-            f" Means over {count} teachers, one a seed; bars: 95% intervals, Student's t over the "
-            "teachers."
-        )
+        if teachers_have_seeds:
+            repeated, over = f"{count} teachers, one a seed", "teachers"
+        else:
+            repeated, over = f"{count} draws of calibration texts, one a seed", "draws"
+        text += f" Means over {repeated}; bars: 95% intervals, Student's t over the {over}."
     elif shown[0].questions:
         text += (
             f" One teacher; bars: 95% intervals (Wilson) over its {shown[0].questions} questions."

@@ -128,6 +128,11 @@ class Records:
     scores: tuple[BlockScore, ...] = field(default=())
 
     @property
+    def teachers_have_seeds(self) -> bool:
+        """Whether every seed has a teacher of its own, as where it is trained and not loaded."""
+        return len({trial.seed for trial in self.trials if trial.baseline == TEACHER}) > 1
+
+    @property
     def asked(self) -> Records:
         """Without the trials that the sweep does not ask for any more."""
         outside = {trial.trial_id for trial in self.trials if not trial.in_sweep}

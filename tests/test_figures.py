@@ -242,15 +242,30 @@ def importance(values: Mapping[int, Sequence[float]], name: str = "lm_loss") -> 
     return sweep(trials, stages=tuple(stages), scores=tuple(scores))
 
 
-def test_teachers_of_several_seeds_are_taken_together_with_students_t() -> None:
+def test_several_seeds_are_taken_together_with_students_t() -> None:
     (found,) = blocks(importance({0: [1.0, 5.0], 1: [2.0, 5.0], 2: [3.0, 5.0]}), "lm_loss")
-    assert (found.teachers, found.interval) == (3, "teachers")
+    assert (found.seeds, found.interval) == (3, "seeds")
     (line,) = found.lines
     assert line.layers == (1, 2)
     assert [each.value for each in line.values] == [2.0, 5.0]
     half = stats.t.ppf(0.975, 2) / math.sqrt(3)
     assert line.values[0].high == pytest.approx(2.0 + half)
     assert line.values[1].low == line.values[1].high == 5.0
+
+
+@pytest.mark.parametrize(
+    ("seeds_of_teachers", "repeated"), [((0, 1), "2 teachers"), ((0,), "2 draws of calibration")]
+)
+def test_a_caption_calls_seeds_teachers_only_where_each_has_its_own(
+    seeds_of_teachers: Sequence[int], repeated: str
+) -> None:
+    records = importance({0: [1.0, 5.0], 1: [2.0, 5.0]})
+    teachers = [trial("t", seed, baseline=TEACHER, axes={}) for seed in seeds_of_teachers]
+    drawing = figures.layer_importance(
+        replace(records, trials=(*records.trials, *teachers)), "lm_loss"
+    )
+    assert drawing is not None
+    assert repeated in drawing.caption
 
 
 def test_one_teachers_accuracy_has_wilsons_interval_over_its_questions() -> None:
@@ -277,7 +292,7 @@ def test_stages_of_different_configurations_have_a_panel_each() -> None:
     records = importance({0: [1.0], 1: [2.0]})
     other = replace(records.trials[1], axes={"way": "other"})
     found = blocks(replace(records, trials=(records.trials[0], other)), "lm_loss")
-    assert [each.teachers for each in found] == [1, 1]
+    assert [each.seeds for each in found] == [1, 1]
     assert [each.title for each in found] == ["x: way=a", "x: way=other"]
 
 
