@@ -107,6 +107,7 @@ COLUMNS = {
     [
         ("depth_ablation", "| layers chosen by |"),
         ("width_vs_depth", "| what is cut | parameters | LM loss before |"),
+        ("losses", "| loss | LM loss after |"),
         ("throughput", "| what is cut | parameters | requests a second |"),
     ],
 )
