@@ -47,17 +47,21 @@ class Questions:
         # A trial that was stopped may have fewer answers, which must not narrow the comparison.
         completed = {trial.trial_id for trial in records.trials if trial.status == "completed"}
         self._answers: dict[str, dict[tuple[str, str], float]] = {}
+        self.apart = frozenset[str]()
+        """The tasks that do not count in the mean, and so are better when lower."""
         for item in records.items:
             wanted = item.split == split and task in ("mean", item.task)
             if wanted and item.trial_id in completed:
                 answers = self._answers.setdefault(item.trial_id, {})
                 answers[item.task, item.item_id] = item.correct
         if task == "mean":
-            self._leave_out(records, "accuracy" if split == "select" else "accuracy_report")
+            self._leave_out(records, split)
 
-    def _leave_out(self, records: Records, kind: str) -> None:
+    def _leave_out(self, records: Records, split: Literal["select", "report"]) -> None:
+        kind = "accuracy" if split == "select" else "accuracy_report"
         means = {trial.trial_id: value_of(trial, f"{kind}.mean") for trial in records.trials}
-        if out := not_counted(self._answers, means):
+        self.apart = not_counted(self._answers, means)
+        if out := self.apart:
             self._answers = {
                 trial_id: {key: value for key, value in answers.items() if key[0] not in out}
                 for trial_id, answers in self._answers.items()

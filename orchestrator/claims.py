@@ -12,6 +12,9 @@ same), and the interval is over seeds, and over questions too where the metric h
 (`orchestrator.inference`). One seed gives no verdict: a claim is about a way to make models, and
 how far another seed would have led elsewhere is not known. Its interval over questions is told.
 
+What failed or was stopped must not decide by its absence: only seeds with all pairs count, as far
+as two or more have them, and a comparison of settings of which one has no value is undecided.
+
 A group that is better than *each* of several settings is compared with one after the other. It is
 supported where all intervals are on its side (an intersection-union test, which needs no
 correction: Berger, 1982, Technometrics 24), and contradicted where one setting is found to be
@@ -45,7 +48,6 @@ from orchestrator.asked import (
     RankingChanges,
     key_of,
     keys_meant,
-    lower_is_better,
 )
 from orchestrator.inference import (
     CONFIDENCE,
@@ -103,15 +105,10 @@ def judge(records: Records, claims: Sequence[Claim]) -> tuple[Verdict, ...]:
 
 def _judged(records: Records, claim: Claim, measures: Measures) -> Verdict:
     if isinstance(claim, RankingChanges):
-        return _ranking(records, claim)
+        return _ranking(records, claim, measures)
     if isinstance(claim, BetterThanEach):
         return _versus_each(records, claim, measures(claim.metric))
     return _versus(records, claim, measures(claim.metric))
-
-
-def sign_of(metric: str) -> float:
-    """-1 for a metric that is better low; 1 for any other."""
-    return -1.0 if lower_is_better(metric) else 1.0
 
 
 # --- which trials are meant ------------------------------------------------------------------
@@ -119,10 +116,10 @@ def sign_of(metric: str) -> float:
 
 @dataclass(frozen=True)
 class _Member:
-    """A completed trial of a group, its value of the metric, and keys of what tells it apart."""
+    """A trial of a group, its value of the metric, and keys of what tells it apart."""
 
     trial: TrialRecord
-    value: float
+    value: float | None
     settings: Mapping[str, str]
 
     @property
@@ -134,7 +131,7 @@ class _Member:
 def _members(
     records: Records, metric: str, group: Mapping[str, Any], among: Mapping[str, Any] | None
 ) -> list[_Member]:
-    """The trials of a group that completed with a value of the metric, by id."""
+    """The trials of a group, by id; those without a value failed, were stopped or lack it."""
     own, narrowed = _rule(records, group), _rule(records, among or {})
     found, seeded = [], records.teachers_have_seeds
     for trial in records.trials:
@@ -142,7 +139,7 @@ def _members(
         meant = (BASELINE in group) == (BASELINE in settings) and _fits(settings, own)
         # A baseline lacks the axes of the grid: it stands for every value of them.
         lenient = BASELINE in group
-        if value is not None and meant and _fits(settings, narrowed, lenient):
+        if meant and _fits(settings, narrowed, lenient):
             found.append(_Member(trial, value, settings))
     return sorted(found, key=lambda member: member.trial_id)
 
@@ -205,27 +202,37 @@ class _Pair:
     seed: str
     cell: tuple[tuple[str, str], ...]
 
+    @property
+    def measured(self) -> bool:
+        """Whether both trials have a value."""
+        return self.first.value is not None and self.second.value is not None
+
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        """What is compared, whatever the seed."""
+        return self.cell, _but_for_the_seed(self.first), _but_for_the_seed(self.second)
+
 
 @dataclass(frozen=True)
 class _Effect:
     """The mean over seeds of the differences of some pairs. `p_value`: of there being none; None
-    where the estimate has no interval."""
+    where the estimate has no interval. `whole`: nothing that was to be compared is lacking."""
 
     estimate: Estimate
     p_value: float | None
     note: str | None
     pairs: int
     seeds: int
+    whole: bool = True
 
 
 def _versus(records: Records, claim: Better | NoBetter, measure: Measure) -> Verdict:
     group = claim.better if isinstance(claim, Better) else claim.no_better
     first = _members(records, claim.metric, group, claim.among)
     second, free = _opponents(records, claim, group, claim.than), _free(group, claim.than)
-    pairs = _pairs(first, second, free)
-    if not pairs:
+    effect = _effect(measure, _pairs(first, second, free))
+    if effect is None:
         return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))
-    effect = _effect(measure, sign_of(claim.metric), pairs)
     return _decided(claim, effect, _outcome(claim, effect.estimate), effect.note)
 
 
@@ -235,14 +242,16 @@ def _versus_each(records: Records, claim: BetterThanEach, measure: Measure) -> V
     free, found = _free(claim.better, claim.than_each), dict[str, _Effect]()
     opponents = _by_setting(records, claim, second)
     for name, members in opponents.items():
-        if pairs := _pairs(first, members, free):
-            found[name] = _effect(measure, sign_of(claim.metric), pairs)
+        effect = _effect(measure, _pairs(first, members, free))
+        if effect is not None:
+            found[name] = effect
     if not found:
         return _verdict(claim, claim.metric, note=_why_no_pair(first, second, free))
     better = _found_better(found)
     name = better or min(found, key=lambda each: _lowest(found[each].estimate))
     whole = len(found) == len(opponents) and all(
-        each.seeds > 1 and _outcome(claim, each.estimate) == "supported" for each in found.values()
+        each.seeds > 1 and each.whole and _outcome(claim, each.estimate) == "supported"
+        for each in found.values()
     )
     outcome: Outcome = "contradicted" if better else "supported" if whole else "undecided"
     verdict = _decided(claim, found[name], outcome, found[name].note)
@@ -291,7 +300,8 @@ def _found_better(found: Mapping[str, _Effect]) -> str | None:
     ahead = [
         name
         for name, p in adjusted.items()
-        if p < 1 - CONFIDENCE and found[name].estimate.value < -ROUNDING and found[name].seeds > 1
+        if p < 1 - CONFIDENCE and found[name].estimate.value < -ROUNDING
+        if found[name].seeds > 1 and found[name].whole
     ]
     return min(ahead, key=lambda name: tested[name], default=None)
 
@@ -310,7 +320,7 @@ def _decided(
         claim,
         claim.metric,
         effect.estimate,
-        outcome if effect.seeds > 1 else "undecided",
+        outcome if effect.seeds > 1 and effect.whole else "undecided",
         pairs=effect.pairs,
         seeds=effect.seeds,
         note=note,
@@ -336,18 +346,59 @@ def _without(member: _Member, free: set[str]) -> dict[str, str]:
     return {name: key for name, key in member.settings.items() if name not in free}
 
 
+def _but_for_the_seed(member: _Member) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(_without(member, {SEED}).items()))
+
+
 def _why_no_pair(first: Sequence[_Member], second: Sequence[_Member], free: set[str]) -> str:
-    if not first or not second:
-        which = "the first" if not first else "the second"
-        return f"no trial of {which} group completed with a value"
+    for which, group in (("the first", first), ("the second", second)):
+        if all(member.value is None for member in group):
+            return f"no trial of {which} group completed with a value"
     names = sorted({name for each in (*first, *second) for name in _without(each, free)})
     return f"no trial of one group agrees with one of the other in {', '.join(names)}"
 
 
-def _effect(measure: Measure, sign: float, pairs: Sequence[_Pair]) -> _Effect:
-    by_seed: dict[str, list[_Pair]] = {}
+def _effect(measure: Measure, pairs: Sequence[_Pair]) -> _Effect | None:
+    """None where no pair has both values."""
+    counted = _counted(pairs)
+    if not counted:
+        return None
+    effect = _mean_effect(measure, counted)
+    lacking = {p.compared for p in pairs} - {p.compared for p in counted}
+    notes = [effect.note]
+    if left := len(pairs) - len(counted):
+        notes.append(f"{left} of {len(pairs)} pairs left out: a trial of their seed has no value")
+    if lacking:
+        notes.append(f"{len(lacking)} of the settings compared have no value at all")
+    uneven = not lacking and len({len(found) for found in _seeds(counted).values()}) > 1
+    if uneven:
+        notes.append("fewer than two seeds have every pair")
+    note = "; ".join(filter(None, notes)) or None
+    return replace(effect, note=note, whole=not lacking and not uneven)
+
+
+def _seeds(pairs: Iterable[_Pair]) -> dict[str, list[_Pair]]:
+    found: dict[str, list[_Pair]] = {}
     for pair in pairs:
-        by_seed.setdefault(pair.seed, []).append(pair)
+        found.setdefault(pair.seed, []).append(pair)
+    return found
+
+
+def _counted(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """The measured pairs of those seeds that have all that any seed has, where these are at least
+    two; else all measured ones."""
+    measured = [pair for pair in pairs if pair.measured]
+    everything = {pair.compared for pair in measured}
+    by_seed = _seeds(measured)
+    full = [s for s, found in by_seed.items() if {p.compared for p in found} == everything]
+    if len(full) < 2:
+        return measured
+    return [pair for pair in measured if pair.seed in full]
+
+
+def _mean_effect(measure: Measure, pairs: Sequence[_Pair]) -> _Effect:
+    sign = measure.sign
+    by_seed = _seeds(pairs)
     trials = {m.trial_id: m.trial for pair in pairs for m in (pair.first, pair.second)}
     answers = measure.answers(trials.values())
     values = {
@@ -400,7 +451,7 @@ def _mean(values: Sequence[Array]) -> Array:
 # --- two rankings ----------------------------------------------------------------------------
 
 
-def _ranking(records: Records, claim: RankingChanges) -> Verdict:
+def _ranking(records: Records, claim: RankingChanges, measures: Measures) -> Verdict:
     first, then = claim.ranking.first, claim.ranking.then
     metric = f"agreement of {first} and {then}"
     found = groups(_measured(records, claim))
@@ -410,7 +461,7 @@ def _ranking(records: Records, claim: RankingChanges) -> Verdict:
         return _verdict(claim, metric, note="fewer than two configurations have both values")
     if not seeds:
         return _verdict(claim, metric, note="no seed has both values of every configuration")
-    rankings = [_values(found, seeds, name) for name in (first, then)]
+    rankings = [measures(name).sign * _values(found, seeds, name) for name in (first, then)]
     estimate = _agreement(*rankings)
     note = f"Kendall's tau over {count} configurations"
     if estimate is None:
@@ -446,10 +497,10 @@ def _measured(records: Records, claim: RankingChanges) -> list[TrialRecord]:
 
 
 def _values(found: Sequence[Sequence[TrialRecord]], seeds: Sequence[int], metric: str) -> Array:
-    """Of each of C configurations with each of S seeds; more is better."""
+    """Of each of C configurations with each of S seeds."""
     values = [{trial.seed: value_of(trial, metric) for trial in group} for group in found]
     values_CS = np.array([[by_seed[seed] for seed in seeds] for by_seed in values])
-    return np.asarray(sign_of(metric) * values_CS, dtype=np.float64)
+    return np.asarray(values_CS, dtype=np.float64)
 
 
 def _agreement(first_CS: Array, then_CS: Array) -> Estimate | None:

@@ -62,7 +62,7 @@ class SeedNoise:
     """Variance of a mean over seeds, estimated with so many degrees of freedom."""
 
     variance: float
-    freedom: int
+    freedom: float
 
     def reach(self, p: float = 1 - CONFIDENCE) -> float:
         """How far the mean may be off, but for a chance of `p`."""
@@ -74,6 +74,18 @@ def seed_noise(values: Sequence[float]) -> SeedNoise | None:
     if len(values) < 2:
         return None
     return SeedNoise(statistics.variance(values) / len(values), len(values) - 1)
+
+
+def welch_noise(first: Sequence[float], second: Sequence[float]) -> SeedNoise | None:
+    """Of the difference of two means over seeds that they do not share (Welch, 1947, Biometrika
+    34); None where one of them has a single seed."""
+    noises = seed_noise(first), seed_noise(second)
+    if noises[0] is None or noises[1] is None:
+        return None
+    variances = [noise.variance for noise in noises if noise]
+    total = math.fsum(variances)
+    parts = math.fsum(n.variance**2 / n.freedom for n in noises if n)
+    return SeedNoise(total, total**2 / parts if parts else noises[0].freedom + noises[1].freedom)
 
 
 def pooled_noise(values_CS: Sequence[Sequence[float]]) -> SeedNoise | None:

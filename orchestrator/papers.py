@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator import published
 from orchestrator.asked import BASELINE, key_of, keys_meant
+from orchestrator.inference import adjusted_means
 from orchestrator.published import P2_T1, PublishedTable
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import (
@@ -473,11 +474,19 @@ def _estimate(records: Records, trials: Sequence[TrialRecord], metric: str) -> E
 
 def _ranks(records: Records, rows: Sequence[_Row], metric: str) -> list[int | None]:
     """The place of each row that ran, the lowest loss first."""
-    known = {
-        i: e.value for i, row in enumerate(rows) if (e := estimate(records, row.trials, metric))
-    }
+    measured = {i: by for i, row in enumerate(rows) if (by := _by_seed(row.trials, metric))}
+    known = dict(zip(measured, adjusted_means(list(measured.values())), strict=True))
     order = sorted(known, key=lambda position: known[position])
     return [order.index(i) + 1 if i in known else None for i in range(len(rows))]
+
+
+def _by_seed(trials: Sequence[TrialRecord], metric: str) -> dict[int, float]:
+    """The mean of each seed's trials that have a value."""
+    found: dict[int, list[float]] = {}
+    for trial in trials:
+        if (value := value_of(trial, metric)) is not None:
+            found.setdefault(trial.seed, []).append(value)
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
 def _when_settled(records: Records, rows: Sequence[_Row]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.asked import lower_is_better
+from orchestrator.inference import adjusted_means
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import Estimate, Measure, groups, labels, value_of
 
@@ -28,7 +29,8 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A configuration: both objectives' means over those seeds that have both.
+    """A configuration: both objectives' means over those seeds that have both, as they would be
+    with the seeds of all (`adjusted_means`), so that nobody is ahead for having had the easy ones.
 
     `efficient`: no other configuration is as good in both objectives and better in one. Never true
     of the teacher, which is there for comparison.
@@ -50,15 +52,17 @@ def front(records: Records, x: str, y: str) -> tuple[Point, ...]:
 def points(records: Records, x: str, y: str) -> tuple[Point, ...]:
     """Every configuration, and the teacher, that has both objectives, in the order of `x`."""
     names = labels(records)
-    first, second = _Objective(records, x), _Objective(records, y)
-    found = []
-    for group in groups(records.trials):
-        trials = [t for t in group if first.of(t) is not None and second.of(t) is not None]
-        if trials:
-            about = trials[0]
-            estimates = first.estimate(trials), second.estimate(trials)
-            name = names[about.trial_id]
-            found.append(Point(name, about.baseline, *estimates, tuple(trials), False))
+    objectives = _Objective(records, x), _Objective(records, y)
+    measured = [
+        trials
+        for group in groups(records.trials)
+        if (trials := [t for t in group if all(o.of(t) is not None for o in objectives)])
+    ]
+    first, second = (objective.estimates(measured) for objective in objectives)
+    found = [
+        Point(names[trials[0].trial_id], trials[0].baseline, one, other, tuple(trials), False)
+        for trials, one, other in zip(measured, first, second, strict=True)
+    ]
     rivals = [point for point in found if point.baseline != TEACHER]
     marked = (replace(p, efficient=_efficient(p, rivals, x, y)) for p in found)
     return tuple(sorted(marked, key=lambda point: (point.x.value, point.y.value, point.label)))
@@ -96,8 +100,28 @@ class _Objective:
         known = trial.status == "completed" and value is not None and math.isfinite(value)
         return float(value) if known else None
 
-    def estimate(self, trials: Sequence[TrialRecord]) -> Estimate:
-        """The mean over trials that have a value; a metric's with its interval."""
+    def estimates(self, measured: Sequence[Sequence[TrialRecord]]) -> list[Estimate]:
+        """Of every group of trials that have a value, the mean; a metric's with its interval. The
+        teacher, which may have no seeds, adjusts nothing."""
+        plain = [self._plain(trials) for trials in measured]
+        students = [i for i, trials in enumerate(measured) if trials[0].baseline != TEACHER]
+        by_seed = [{t.seed: self._required(t) for t in measured[i]} for i in students]
+        means = dict(zip(students, adjusted_means(by_seed), strict=True)) if students else {}
+        return [_moved(each, means.get(i, each.value)) for i, each in enumerate(plain)]
+
+    def _plain(self, trials: Sequence[TrialRecord]) -> Estimate:
         if self._measure is not None:
             return self._measure.estimate(trials)
-        return Estimate(statistics.fmean(getattr(trial, self._name) for trial in trials))
+        return Estimate(statistics.fmean(map(self._required, trials)))
+
+    def _required(self, trial: TrialRecord) -> float:
+        value = self.of(trial)
+        assert value is not None, "only trials with a value are asked"
+        return value
+
+
+def _moved(estimate: Estimate, value: float) -> Estimate:
+    by = value - estimate.value
+    if estimate.low is None or estimate.high is None:
+        return Estimate(value)
+    return Estimate(value, estimate.low + by, estimate.high + by)

@@ -22,6 +22,7 @@ from orchestrator.canvas import (
     fit,
     within,
 )
+from orchestrator.inference import adjusted_means
 from orchestrator.published import P1_T11
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import (
@@ -254,7 +255,8 @@ Key = TypeVar("Key")
 
 
 def within_seeds(values: Mapping[Key, Mapping[int, Sequence[float]]]) -> dict[Key, Estimate]:
-    """Means of k values of an axis, given by value and seed: first within a seed, then over seeds.
+    """Means of k values of an axis, given by value and seed: first within a seed, then over seeds,
+    those that not every value has included as far as they are as hard (`adjusted_means`).
 
     The interval is Student's t over the seeds that all values have, of what is left of a value's
     mean when the mean of all values of its seed is taken off, times sqrt(k / (k - 1)) (Morey 2008):
@@ -269,15 +271,17 @@ def within_seeds(values: Mapping[Key, Mapping[int, Sequence[float]]]) -> dict[Ke
     shared = {seed: statistics.fmean(each[seed] for each in means.values()) for seed in common}
     wider = math.sqrt(len(means) / (len(means) - 1)) if len(means) > 1 else 1.0
 
-    def estimate(each: Mapping[int, float]) -> Estimate:
-        mean = statistics.fmean(each.values())
+    overall = dict(zip(means, adjusted_means(list(means.values())), strict=True))
+
+    def estimate(key: Key) -> Estimate:
+        each, mean = means[key], overall[key]
         if len(common) < 2:
             return Estimate(mean)
         own = over_seeds([each[seed] - shared[seed] for seed in common])
         reach = wider * (own.half_width or 0.0)
         return Estimate(mean, mean - reach, mean + reach)
 
-    return {key: estimate(each) for key, each in means.items()}
+    return {key: estimate(key) for key in means}
 
 
 def main_effects(records: Records, metric: str) -> Drawing | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.canvas import INK, MARKERS, PALETTE, SOFT, WIDTH, Drawing, canvas, legend_below
-from orchestrator.records import TEACHER, Records
+from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import Estimate, groups, labels, over_seeds, value_of
 from orchestrator.throughput import METRIC, combos, timed_at
 from trainers.config import Load
@@ -55,8 +55,20 @@ def throughput(records: Records) -> Drawing | None:
         axes.set_ylabel("requests per second,\nrelative to the teacher")
         axes.grid(False, axis="x")
         legend_below(figure, axes)
-    seeds = max(len(g) for g in groups(records.trials) if value_of(g[0], timed_at(asked[0])))
-    return Drawing("throughput", _throughput_caption(seeds, len(shown)), figure)
+    return Drawing("throughput", _throughput_caption(_times(records), len(shown)), figure)
+
+
+def _times(records: Records) -> list[int]:
+    """With how many seeds each configuration was timed, at whichever load that is most."""
+    return [
+        most
+        for trials in groups(records.trials)
+        if (most := max(_timed(trials, load) for load in combos(records)))
+    ]
+
+
+def _timed(trials: Sequence[TrialRecord], load: Load) -> int:
+    return sum(value_of(trial, timed_at(load)) is not None for trial in trials)
 
 
 def _tick(load: Load, batches: bool) -> str:
@@ -96,12 +108,16 @@ def _draw_references(axes: Any) -> None:
         )
 
 
-def _throughput_caption(seeds: int, count: int) -> str:
-    bars = (
-        f"means over {seeds} seeds (each timed anew); lines: 95% intervals, Student's t over seeds"
-        if seeds > 1
-        else "one seed; lines: from the lowest to the highest ratio of its rounds"
-    )
+def _throughput_caption(times: Sequence[int], count: int) -> str:
+    rounds = "from the lowest to the highest ratio of its rounds"
+    bars = f"one seed; lines: {rounds}"
+    if max(times) > 1:
+        bars = (
+            f"means over {max(times)} seeds (each timed anew); lines: 95% intervals, Student's t "
+            "over seeds"
+        )
+        if min(times) == 1:
+            bars = f"{bars}, and of what was timed once {rounds}"
     text = (
         "Requests per second relative to the teacher, measured in turns in the same run, by tokens "
         f"in and out: {bars}. Teacher: beside a copy of itself; how far it is from 1 says how far "

@@ -130,7 +130,9 @@ class Records:
     @property
     def teachers_have_seeds(self) -> bool:
         """Whether every seed has a teacher of its own, as where it is trained and not loaded."""
-        return len({trial.seed for trial in self.trials if trial.baseline == TEACHER}) > 1
+        teachers = [trial for trial in self.trials if trial.baseline == TEACHER]
+        # Those of the other seeds may not have been recorded yet.
+        return len({trial.seed for trial in teachers}) > 1 or any(map(_trained, teachers))
 
     @property
     def asked(self) -> Records:
@@ -151,6 +153,11 @@ class Records:
 
 
 # --- canonical form --------------------------------------------------------------------------
+
+
+def _trained(teacher: TrialRecord) -> bool:
+    source = teacher.config.get("source") or {}
+    return source.get("kind") == "scratch" and source.get("seed") is None
 
 
 def json_text(value: Any) -> str:

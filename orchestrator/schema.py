@@ -207,18 +207,21 @@ def _in_package(package: str, file: str | None) -> tuple[Scalar, tuple[str, str]
 
 
 def final_paths(model: type[BaseModel], sweep: Node, relative_to: Path | None) -> Node:
-    """A sweep's tree whose paths are absolute, or relative to a folder, with no `data_folder`."""
+    """A sweep's tree whose paths are absolute, or relative to the folder `relative_to`. Text and
+    questions stay relative to the `data_folder`, so that another one can still be given."""
     base = sweep.child("trial") or Node({}, sweep.origin)
     folder = data_folder_of(base)
     packaged = _text(base.child("source") or base, "package") is not None
 
+    def beginning_at(start: Path | None, path: Path) -> Path:
+        return Path(os.path.relpath(path, start)) if start else path
+
     def move(node: Node, setting: Setting, parts: tuple[Part, ...]) -> Node:
         if packaged and parts == ("source", "file"):
             return node
-        path = absolute(node, setting, folder)
-        return replace(
-            node, value=Path(os.path.relpath(path, relative_to)) if relative_to else path
-        )
+        in_data = folder is not None and issubclass(setting.owner, IN_DATA_FOLDER)
+        start = folder if in_data else relative_to
+        return replace(node, value=beginning_at(start, absolute(node, setting, folder)))
 
     def moved(node: Node, dotted: str) -> Node:
         return rewrite_paths(model, node, move, tuple(dotted.split(".")))
@@ -244,6 +247,9 @@ def final_paths(model: type[BaseModel], sweep: Node, relative_to: Path | None) -
         return rewrite_paths(model, undotted(trial).without([DATA_FOLDER]), move)
 
     changed = {"trial": whole(base)}
+    if folder is not None:
+        moved_folder = replace(base.mapping[DATA_FOLDER], value=beginning_at(relative_to, folder))
+        changed["trial"] = changed["trial"].with_entry(DATA_FOLDER, moved_folder)
     for key, node in sweep.mapping.items():
         if key == "axes":
             changed[key] = by_name(node)

@@ -6,14 +6,16 @@ and seeds as far as there are several of them (`orchestrator.inference`), and a 
 configurations is paired in both: the same questions, the same seeds.
 
 Every configuration is tested against the best. With one seed that is McNemar's exact test; with
-several, what noise the seeds make is estimated from all configurations together. Those that the
-tests, corrected after Holm for their number, do not tell from the best are tied with it: the truly
-best one is then among the tied with 95% confidence (Hsu, 1984, Annals of Statistics 12).
+several, what noise the seeds make is estimated from all configurations together and, lest a pair
+that is far noisier than the others passes by their lack of noise, from the two alone. Those that
+the tests, the first corrected after Holm for their number, do not both tell from the best are tied
+with it: the truly best one is then among the tied with 95% confidence (Hsu, 1984, Annals of
+Statistics 12).
 
 Where configurations have different seeds, as trials failed or were stopped, they are ranked by the
 means that they would have with all of them, and who is no worse than the best on the seeds that
-both have is tied with it. Where nothing was repeated, there is no test: the best is the best of one
-draw, and nobody was found to be worse.
+both have is tied with it. Where nothing was repeated, no seed is shared or no seed changes
+anything, there is no test: the best is the best of one draw, and nobody was found to be worse.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 
 from orchestrator.answers import Questions, task_of, value_of
-from orchestrator.asked import key_of, keys_meant
+from orchestrator.asked import key_of, keys_meant, lower_is_better
 from orchestrator.inference import (
     CONFIDENCE,
     ROUNDING,
@@ -44,6 +46,7 @@ from orchestrator.inference import (
     p_value,
     pooled_noise,
     seed_noise,
+    welch_noise,
 )
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.wording import shortest_names
@@ -297,9 +300,17 @@ class Measure:
     """Means, intervals and paired comparisons of one metric over groups of completed trials."""
 
     def __init__(self, records: Records, metric: str) -> None:
-        self._metric = metric
+        self._records, self._metric = records, metric
         about = task_of(metric)
         self._questions = Questions(records, *about) if about else None
+
+    @cached_property
+    def sign(self) -> float:
+        """-1 for a metric that is better low, 1 for any other."""
+        about = task_of(self._metric)
+        apart = Questions(self._records, "mean", about[1]).apart if about else ()
+        low = lower_is_better(self._metric) or (about is not None and about[0] in apart)
+        return -1.0 if low else 1.0
 
     @property
     def has_questions(self) -> bool:
@@ -362,10 +373,11 @@ class Measure:
     ) -> Comparison:
         """How much better `best` is, question by question and seed by seed.
 
-        Only seeds that both have count; where there are none, the groups are compared as wholes.
-        `pooled`: what the seeds do to such a difference, where that is known from more than these.
+        Only seeds that both have count; where there are none, the groups are compared as wholes,
+        after Welch. `pooled`: what the seeds do to such a difference, known from more than these.
         """
         pairs = _pairs_by_seed(best, other)
+        wholes = pairs or [(best, other)]
         answers = self.answers([*best, *other])
 
         def mean(trials: Sequence[TrialRecord]) -> float:
@@ -373,13 +385,19 @@ class Measure:
                 return self.mean(trials)
             return statistics.fmean(self.value_on(trial, answers) for trial in trials)
 
-        effects = [sign * (mean(first) - mean(second)) for first, second in pairs]
-        seeds = seed_noise(effects) if pooled is None else _of_mean(pooled, len(pairs))
+        effects = [sign * (mean(first) - mean(second)) for first, second in wholes]
+        if not pairs:
+            seeds = welch_noise(self.values(best), self.values(other))
+        else:
+            seeds = _of_mean(pooled, len(pairs)) if pooled else seed_noise(effects)
+        # Seeds that change nothing are no repetitions.
+        if seeds is not None and math.sqrt(seeds.variance) <= ROUNDING:
+            seeds = None
         value = statistics.fmean(effects)
         if answers is None:
             test = None if seeds is None else p_value(value, seeds, None)
             return Comparison(interval(value, seeds), test)
-        rows = [sign * (_mean(first, answers) - _mean(second, answers)) for first, second in pairs]
+        rows = [sign * (_mean(first, answers) - _mean(second, answers)) for first, second in wholes]
         questions = self.noise(rows)
         test = self._sign_test(rows) if seeds is None else p_value(value, seeds, questions)
         return Comparison(interval(value, seeds, questions), test)
@@ -392,16 +410,26 @@ class Measure:
         self, ranked: Sequence[Sequence[TrialRecord]], sign: float
     ) -> list[Comparison]:
         """Each group against the first, with p-values after Holm's correction."""
-        best = ranked[0]
-        pooled = self._pooled(ranked)
-        found = [self.compare(best, other, sign, pooled) for other in ranked[1:]]
+        best, pooled = ranked[0], self._pooled(ranked)
+        means = adjusted_means([self.by_seed(trials) for trials in ranked])
+        found = [
+            self.compare(best, other, sign, pooled)
+            if _pairs_by_seed(best, other)
+            # What the seeds make easier or harder is known, but not how much noise there is.
+            else Comparison(Estimate(sign * (means[0] - mean)), None)
+            for other, mean in zip(ranked[1:], means[1:], strict=True)
+        ]
         tested = [each.p_value for each in found if each.p_value is not None]
         adjusted = iter(holm(tested))
         corrected = (
             each if each.p_value is None else Comparison(each.difference, next(adjusted))
             for each in found
         )
-        return [Comparison(Estimate(0.0, 0.0, 0.0), None), *corrected]
+        both = (
+            each if pooled is None else _less_sure(each, self.compare(best, other, sign))
+            for each, other in zip(corrected, ranked[1:], strict=True)
+        )
+        return [Comparison(Estimate(0.0, 0.0, 0.0), None), *both]
 
     def _pooled(self, found: Sequence[Sequence[TrialRecord]]) -> SeedNoise | None:
         """From the groups that have all of the seeds that the largest has."""
@@ -412,13 +440,23 @@ class Measure:
         return pooled_noise([[each[seed] for seed in seeds] for each in whole])
 
 
+def _less_sure(together: Comparison, alone: Comparison) -> Comparison:
+    """Of two tests of a difference the one that is less sure of it, and the longer interval;
+    `alone` counts only where it was made."""
+    if together.p_value is None or alone.p_value is None:
+        return together
+    widths = together.difference.half_width or 0.0, alone.difference.half_width or 0.0
+    difference = alone.difference if widths[1] > widths[0] else together.difference
+    return Comparison(difference, max(together.p_value, alone.p_value))
+
+
 Pair = tuple[Sequence[TrialRecord], Sequence[TrialRecord]]
 
 
 def _pairs_by_seed(first: Sequence[TrialRecord], second: Sequence[TrialRecord]) -> list[Pair]:
     mine, theirs = ({trial.seed: trial for trial in group} for group in (first, second))
     common = sorted(mine.keys() & theirs.keys())
-    return [((mine[seed],), (theirs[seed],)) for seed in common] or [(first, second)]
+    return [((mine[seed],), (theirs[seed],)) for seed in common]
 
 
 def _of_mean(noise: SeedNoise, seeds: int) -> SeedNoise:
@@ -451,7 +489,8 @@ def winner(ranking: Ranking | None) -> Winner | None:
     trial = max(chosen.trials, key=lambda t: (sign * (value_of(t, ranking.metric) or 0.0), -t.seed))
     teachers = [t for t in ranking.records.trials if t.baseline == TEACHER]
     # A model that no seed made is every seed's teacher.
-    its_own = [t for t in teachers if t.seed == trial.seed] or teachers
+    seeded = ranking.records.teachers_have_seeds
+    its_own = [t for t in teachers if t.seed == trial.seed or not seeded]
     selected, reported = (
         partial(_estimate, Measure(ranking.records, metric))
         for metric in (ranking.metric, report_metric(ranking.metric))

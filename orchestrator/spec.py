@@ -178,7 +178,8 @@ class Sweep(SweepFile):
     def resolved(self, relative_to: Path | None = None) -> dict[str, Any]:
         """The sweep with everything inline, as a sweep file that needs no profile.
 
-        Local paths are absolute, or relative to the folder `relative_to` if the file goes there.
+        Local paths are absolute, or relative to the folder `relative_to` if the file goes there;
+        those of text and questions start at the `data_folder`, if there is one.
         """
         tree = schema.final_paths(TrialConfig, self.tree, relative_to)
         return {

@@ -415,8 +415,13 @@ def _interval(row: Row, metric: str, recorded: float, tolerance: float) -> tuple
 
 def _between_runs(row: Row, metric: str) -> float:
     """How far two runs of the row's configuration are apart, by its seeds; 0 for a single one."""
-    key = configuration_key(row.trial)
-    alike = [trial for trial in row.records.trials if configuration_key(trial) == key]
+    key, asked = configuration_key(row.trial), row.trial.in_sweep
+    # Earlier trials of equal axes may have had other settings beside them.
+    alike = [
+        trial
+        for trial in row.records.trials
+        if configuration_key(trial) == key and trial.in_sweep == asked
+    ]
     values = [value for trial in alike if (value := value_of(trial, metric)) is not None]
     half_width = over_seeds(values).half_width if values else None
     # That of a mean of n runs is sqrt(n) times shorter, that of a difference sqrt(2) times longer.

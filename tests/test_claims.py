@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,21 @@ def test_no_better_asks_whether_the_gain_stays_within_what_matters(
     noise = [0.01, -0.01, 0.005]
     new = [value - gain + each for value, each in zip(old, noise, strict=True)]
     assert judged(trials("new", new) + trials("old", old), asked(NEW_NO_BETTER)).verdict == expected
+
+
+def test_less_of_a_perplexity_among_the_tasks_is_better() -> None:
+    found, items = [], []
+    for seed in range(3):
+        for way, (perplexity, right) in {"new": (20.0, 0.5), "old": (30.0, 0.6)}.items():
+            each = trial(seed, 0.0, way=way)
+            values = {"accuracy.text": perplexity + seed, "accuracy.quiz": right}
+            found.append(replace(each, metrics={**values, "accuracy.mean": right}))
+            items += [
+                ItemRecord(each.trial_id, metric.partition(".")[2], "0", "select", value, None)
+                for metric, value in values.items()
+            ]
+    assert judged(found, asked(NEW_BETTER, metric="accuracy.text"), items).verdict == "supported"
+    assert judged(found, asked(NEW_BETTER, metric="accuracy.quiz"), items).effect.value < 0
 
 
 def test_being_worse_supports_no_better() -> None:
@@ -269,7 +284,63 @@ def test_a_failed_trial_and_a_missing_value_are_no_data_points() -> None:
     more = trials("new", [0.0] * 5)[3:] + trials("old", [9.0] * 5)[3:]
     failed = replace(more[0], status="failed", reason="no", metrics={})
     found = [*whole, failed, replace(more[1], metrics={}), *more[2:]]
-    assert judged(found, asked(NEW_BETTER)) == judged(whole, asked(NEW_BETTER))
+    without = judged(found, asked(NEW_BETTER))
+    assert without.note == "2 of 5 pairs left out: a trial of their seed has no value"
+    assert replace(without, note=None) == judged(whole, asked(NEW_BETTER))
+
+
+def both_cells(seeds: int = 5) -> list[TrialRecord]:
+    """The new way is 0.1 better where x is a, 0.3 worse where it is b, and so worse."""
+    noise = [0.0, 0.0005, -0.0005, 0.0003, -0.0003]
+    return [
+        trial(seed, 2.0 + seed + loss + noise[seed] * (way == "new"), way=way, x=x)
+        for seed in range(seeds)
+        for x, gain in (("a", 0.1), ("b", -0.3))
+        for way, loss in (("new", -gain), ("old", 0.0))
+    ]
+
+
+def failing(found: Sequence[TrialRecord], seeds: Collection[int]) -> list[TrialRecord]:
+    """The new way fails where x is b."""
+    return [
+        replace(each, status="failed", reason="diverged", metrics={})
+        if each.axes == {"way": "new", "x": "b"} and each.seed in seeds
+        else each
+        for each in found
+    ]
+
+
+def test_what_failed_everywhere_does_not_decide_by_its_absence() -> None:
+    assert judged(both_cells(), asked(NEW_BETTER)).verdict == "contradicted"
+    verdict = judged(failing(both_cells(), range(5)), asked(NEW_BETTER))
+    assert verdict.verdict == "undecided"
+    assert "1 of the settings compared have no value" in (verdict.note or "")
+    found = [t for t in both_cells() if t.axes["x"] == "a"]
+    assert judged(found, asked(NEW_BETTER)).verdict == "supported"
+
+
+def test_only_seeds_with_every_pair_count() -> None:
+    whole = judged(both_cells(), asked(NEW_BETTER))
+    verdict = judged(failing(both_cells(), [1, 3]), asked(NEW_BETTER))
+    assert (verdict.verdict, verdict.pairs, verdict.seeds) == ("contradicted", 6, 3)
+    assert interval(verdict)[0] == pytest.approx(interval(whole)[0], abs=0.001)
+    verdict = judged(failing(both_cells(), [1, 2, 3, 4]), asked(NEW_BETTER))
+    assert verdict.verdict == "undecided"
+    assert "fewer than two seeds have every pair" in (verdict.note or "")
+
+
+def test_the_best_of_several_is_not_established_by_the_failure_of_one() -> None:
+    ways = {"new": 2.0, "old": 2.5, "other": 2.7}
+    found = [trial(s, loss * (1 + s / 100), way=w) for w, loss in ways.items() for s in range(3)]
+    claim = asked({**EACH, "than_each": {"way": ["old", "other"]}})
+    assert judged(found, claim).verdict == "supported"
+    lost = [
+        replace(t, status="failed", reason="diverged", metrics={})
+        if t.axes["way"] == "other"
+        else t
+        for t in found
+    ]
+    assert judged(lost, claim).verdict == "undecided"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import statistics
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from orchestrator import selection, tables
 from orchestrator.asked import Claim
 from orchestrator.growth import plan_with
 from orchestrator.records import Records, TrialRecord, read_parquet
-from orchestrator.spec import load
+from orchestrator.spec import Sweep, load
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -71,9 +72,36 @@ def test_published_tables_come_out_of_the_parquet_files_byte_for_byte(
 
 def test_a_published_sweep_file_asks_for_the_trials_beside_it() -> None:
     folder = PUBLISHED / "temperature" / "tiny"
-    planned = plan_with(load(folder / "sweep.yaml"), {})
-    asked = {each.trial.trial_id for each in planned.trials}
-    assert asked == {trial.trial_id for trial in read_parquet(folder).asked.trials}
+    assert _asked_for(load(folder / "sweep.yaml")) == _trial_ids(folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_what_is_published_is_what_the_committed_sweep_and_profile_ask_for(folder: Path) -> None:
+    if not _at_hand(folder.name):
+        pytest.skip("needs `make smollm2`, and the folder of texts that the profile names")
+    sweep = load(ROOT / "sweeps" / f"{folder.parent.name}.yaml", profile=folder.name)
+    if sweep.scheduler.method == "race":
+        assert _asked_for(sweep) < _trial_ids(folder), "who gets further hangs on the first results"
+    else:
+        assert _asked_for(sweep) == _trial_ids(folder)
+
+
+def _at_hand(profile: str) -> bool:
+    """Whether the profile's model and texts are here, without which nothing can be planned."""
+    path = ROOT / "sweeps" / "profiles" / f"{profile}.yaml"
+    trial = yaml.safe_load(path.read_text())["trial"]
+    package = trial.get("source", {}).get("package")
+    return (path.parent / trial.get("data_folder", ".")).is_dir() and (
+        package is None or importlib.util.find_spec(package) is not None
+    )
+
+
+def _asked_for(sweep: Sweep) -> set[str]:
+    return {each.trial.trial_id for each in plan_with(sweep, {}).trials}
+
+
+def _trial_ids(folder: Path) -> set[str]:
+    return {trial.trial_id for trial in read_parquet(folder).asked.trials}
 
 
 def test_the_tiny_teacher_knows_its_language(tiny: Records) -> None:

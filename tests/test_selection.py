@@ -254,16 +254,21 @@ def with_noise(draw: np.random.Generator, means: Sequence[float], seeds: int = 3
     return Records("s", "p", trials=tuple(trials))
 
 
-def test_with_many_configurations_p_values_are_holms() -> None:
+def test_with_many_configurations_p_values_are_holms_or_those_of_the_pair_alone() -> None:
     records = with_noise(np.random.default_rng(1), [2.0, 1.9, 1.8, 1.6, 1.0])
     measure = Measure(records, "throughput.a")
     ranking = ranking_of(records, "throughput.a")
     found = [each.trials for each in ranking.configurations]
     values = [measure.values(trials) for trials in found]
     pooled = pooled_noise(values)
-    raw = [measure.compare(found[0], other, 1.0, pooled).p_value for other in found[1:]]
+    raw, alone = (
+        [measure.compare(found[0], other, 1.0, noise).p_value or 0.0 for other in found[1:]]
+        for noise in (pooled, None)
+    )
+    paired = [stats.ttest_rel(values[0], other).pvalue for other in values[1:]]
+    assert alone == pytest.approx(paired, rel=1e-5)
     adjusted = [each.p_value for each in ranking.configurations[1:]]
-    assert adjusted == pytest.approx(holm([p for p in raw if p is not None]))
+    assert adjusted == pytest.approx(list(map(max, holm(raw), alone)))
     assert [each.tied for each in ranking.configurations[1:]] == [p >= 0.05 for p in adjusted]
 
 
@@ -274,6 +279,63 @@ def test_the_truly_best_is_among_the_tied_in_nineteen_sweeps_of_twenty() -> None
         ranking = ranking_of(with_noise(draw, [1.0] * 6), "throughput.a")
         missed += all(each.axes["way"] != 0 for each in ranking.tied)
     assert missed <= stats.binom.ppf(0.99, sweeps, 0.05)
+
+
+def test_the_truly_best_is_among_the_tied_though_it_is_noisier_than_most() -> None:
+    draw, sweeps, missed = np.random.default_rng(5), 200, 0
+    for _ in range(sweeps):
+        records = with_noise(draw, [1.0] * 2 + [0.0] * 6)
+        noisy = {t.trial_id: draw.normal(0, 2) for t in records.trials if t.axes["way"] in (0, 1)}
+        trials = tuple(
+            replace(t, metrics={"throughput.a": t.metrics["throughput.a"] + noisy[t.trial_id]})
+            if t.trial_id in noisy
+            else replace(t, metrics={"throughput.a": t.metrics["throughput.a"] - 50})
+            for t in records.trials
+        )
+        ranking = ranking_of(replace(records, trials=trials), "throughput.a")
+        missed += all(each.axes["way"] != 0 for each in ranking.tied)
+    assert missed <= stats.binom.ppf(0.99, sweeps, 0.05)
+
+
+def test_seeds_that_change_nothing_are_no_repetitions() -> None:
+    values = {
+        f"{name}-{seed}": v for name, v in (("task", 3.0), ("perplexity", 3.1)) for seed in (0, 1)
+    }
+    best, other = ranking_of(with_values(values, "throughput.a"), "throughput.a").configurations
+    assert best.label == "criterion=perplexity"
+    assert other.p_value is None and other.untested
+    assert other.behind.low is None
+
+
+def test_without_a_shared_seed_there_is_no_test_in_a_ranking() -> None:
+    records = with_noise(np.random.default_rng(6), [2.0, 2.001, 1.0, 0.5])
+    easy = {0: 0.0, 1: 5.0, 2: 10.0}
+    trials = tuple(
+        replace(t, metrics={"throughput.a": t.metrics["throughput.a"] + easy[t.seed]})
+        for t in records.trials
+        if t.axes["way"] > 1 or (t.axes["way"], t.seed) in {(0, 0), (1, 1)}
+    )
+    ranking = ranking_of(replace(records, trials=trials), "throughput.a")
+    ahead = {each.axes["way"]: each for each in ranking.configurations[:2]}
+    assert ahead.keys() == {0, 1}
+    other = ranking.configurations[1]
+    assert other.p_value is None and 0 < other.behind.value < 0.5
+
+
+def test_groups_without_a_shared_seed_are_compared_after_welch() -> None:
+    first, second = [0.395, 0.545, 0.603], [0.515, 0.62, 0.71]
+    trials = [
+        made_up.trial(name, seed, 0, {"throughput.a": value})
+        for name, seeds, values in (("task", (0, 1, 2), first), ("perplexity", (3, 4, 5), second))
+        for seed, value in zip(seeds, values, strict=True)
+    ]
+    measure = Measure(Records("s", "p", trials=tuple(trials)), "throughput.a")
+    found = measure.compare(trials[:3], trials[3:])
+    naive = stats.ttest_ind(first, second, equal_var=False)
+    assert found.p_value == pytest.approx(naive.pvalue, abs=1e-6)
+    assert (found.difference.low, found.difference.high) == pytest.approx(
+        naive.confidence_interval()
+    )
 
 
 def test_what_is_far_behind_is_not_tied_with_three_seeds() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -280,6 +281,27 @@ def test_a_data_folder_holds_text_and_questions(texts, tmp_path_factory):
     assert moved.evaluate.tasks[1].path == elsewhere / "data" / "piqa.jsonl"
 
 
+def test_the_resolved_sweep_can_be_given_another_data_folder(texts, tmp_path_factory):
+    folder = texts.root / "profiles" / "data"
+    for name in ("train.txt", "heldout.txt", "piqa.jsonl"):
+        texts.edit("profiles/tiny.yaml", f"data/{name}", name)
+    texts.edit("profiles/tiny.yaml", "trial:\n", "trial:\n  data_folder: data\n")
+    sweep = texts.load()
+    ids = _ids(sweep)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(folder, elsewhere / "data")
+    results = tmp_path_factory.mktemp("results") / "sweep.yaml"
+    for text in (sweep.dump_yaml(), sweep.dump_yaml(relative_to=results.parent)):
+        results.write_text(text)
+        assert _ids(load(results)) == ids
+        shutil.move(folder, folder.with_name("away"))
+        with pytest.raises(SpecError, match="data_folder"):
+            load(results)
+        moved = load(results, overrides=(f"data_folder={elsewhere / 'data'}",))
+        assert _ids(moved) == ids
+        shutil.move(folder.with_name("away"), folder)
+
+
 def test_models_in_folders_and_packages(folder, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -347,7 +369,6 @@ def test_the_resolved_sweep_is_a_sweep_with_the_same_trials(texts, tmp_path_fact
     assert (again.name, again.profile, again.seeds) == (sweep.name, sweep.profile, (2,))
     assert _ids(again) == _ids(sweep)
     assert again.dump_yaml() == sweep.dump_yaml()
-    assert "data_folder" not in sweep.resolved()["trial"]
     (results / "sweep.yaml").write_text(sweep.dump_yaml(relative_to=results))
     assert str(texts.root) not in (results / "sweep.yaml").read_text()
     assert _ids(load(results / "sweep.yaml")) == _ids(sweep)
