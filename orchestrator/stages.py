@@ -73,7 +73,7 @@ STAGES: Mapping[str, StageType] = {
         StageType("importance", ImportanceConfig, "trainers.importance:run", 2),
         StageType("prune", PruneConfig, "trainers.prune:run", 2),
         StageType("distill", DistillConfig, "trainers.distill:run", 2, trains=True),
-        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 3, trains=True),
+        StageType("evaluate", EvaluateConfig, "trainers.evaluate:run", 4, trains=True),
         StageType(
             "benchmark",
             BenchmarkConfig,

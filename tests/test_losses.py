@@ -22,6 +22,7 @@ from trainers.losses import (
     forward_kl,
     likeliest,
     mse,
+    reverse_kl,
     sparse_forward_kl,
 )
 
@@ -98,6 +99,18 @@ def naive_logit_loss(
         student_NV = torch.stack([row[b] for row, b in zip(student_NV, best, strict=True)])
         teacher_NV = torch.stack([row[b] for row, b in zip(teacher_NV, best, strict=True)])
     return NAIVE[kind](student_NV, teacher_NV, temperature)
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
+def test_a_divergence_of_many_logits_loses_no_small_terms(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher_NV = 2 * torch.randn(256, 49152, generator=generator)
+    student_NV = teacher_NV + torch.randn(256, 49152, generator=generator)
+    rows = zip(student_NV.split(4), teacher_NV.split(4), strict=True)
+    in_slices = sum(float(divergence(student, teacher)) for student, teacher in rows)
+    assert float(divergence(student_NV, teacher_NV)) == pytest.approx(in_slices, rel=2e-6)
 
 
 def value_and_gradients(batch: Batch, loss: Callable[[], Tensor]) -> list[Tensor]:

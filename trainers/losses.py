@@ -19,6 +19,11 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
 
 
+ROWS_OF = 2**19
+"""How many logits a CPU works on at a time: 2 MB of fp32, so that the passes that a loss makes over
+them stay in its cache. With 49k words that is 3 times as fast as all of a chunk at once."""
+
+
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of the next-token distributions in nats, summed over tokens.
 
@@ -42,7 +47,7 @@ class _ForwardKL(torch.autograd.Function):
         probabilities_NV = teacher_NV.exp()
         teacher_NV -= student_NV
         # As a scalar product: `F.kl_div` makes several passes more.
-        divergence = torch.dot(probabilities_NV.flatten(), teacher_NV.flatten())
+        divergence = _product(probabilities_NV, teacher_NV)
         ctx.save_for_backward(student_NV.exp_().sub_(probabilities_NV))
         return divergence
 
@@ -56,7 +61,14 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
     """KL(student || teacher), otherwise as `forward_kl`."""
     student = F.log_softmax(_cooled(student_NV, temperature), dim=-1)
     teacher = F.log_softmax(_cooled(teacher_NV, temperature), dim=-1)
-    return torch.dot(student.exp().flatten(), (student - teacher).flatten()) * temperature**2
+    return _product(student.exp(), student - teacher) * temperature**2
+
+
+def _product(first_NV: Tensor, second_NV: Tensor) -> Tensor:
+    """The scalar product, a slice at a time: a single sum of 50 million terms in fp32 loses so many
+    small ones that a divergence came out 0.2% too large."""
+    slices = zip(first_NV.flatten().split(ROWS_OF), second_NV.flatten().split(ROWS_OF), strict=True)
+    return torch.stack([torch.dot(first, second) for first, second in slices]).sum()
 
 
 def mse(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -142,11 +154,6 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         # In place, as nobody else has them; autograd refuses a second time.
         return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None
-
-
-ROWS_OF = 2**19
-"""How many logits a CPU works on at a time: 2 MB of fp32, so that the passes that a loss makes over
-them stay in its cache. With 49k words that is 3 times as fast as all of a chunk at once."""
 
 
 def _turn_into_gradient(logits_NV: Tensor, loss: ChunkLoss, start: int) -> Tensor:
