@@ -154,7 +154,7 @@ def _context(
 ) -> Any:
     from trainers.contract import Runtime, StageContext
 
-    runtime = Runtime(threads=setting.threads, checkpoint_every_s=1e9)
+    runtime = Runtime(checkpoint_every_s=1e9)
     return StageContext(config, inputs, out, 0, baton, runtime)
 
 

@@ -59,7 +59,7 @@ STEPS_135M = 50
 """Steps of a trial in the profile `smollm2`."""
 TOKENS_135M, BLOCK_135M = 1024, 256
 
-RUNTIME = Runtime(threads=1, checkpoint_every_s=1e9)
+RUNTIME = Runtime(checkpoint_every_s=1e9)
 
 
 # --- in the worker ---------------------------------------------------------------------------

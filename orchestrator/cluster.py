@@ -30,7 +30,8 @@ SAME_EVERYWHERE = ("ray", "torch", "deepspeed", "transformers")
 """Distributions whose versions decide what a trial computes, or whether workers talk at all."""
 
 FOR_WORKERS = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Who was granted no GPU sees none: plans and grants would else not say what runs where.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # By default glibc gives every large tensor back to the system when it is freed, and the page
     # faults of getting it again cost a third of a step with 49k words.
     "MALLOC_MMAP_MAX_": "0",

@@ -152,7 +152,7 @@ def _worked(work: Mapping[str, Any]) -> dict[str, Any]:
             work["trial_id"],
             work["requested_by"],
             _Throttled(work["job_id"], Path(work["stop_file"]), early),
-            Runtime(work["threads"], work["checkpoint_every_s"]),
+            Runtime(work["checkpoint_every_s"]),
             launch,
         )
 

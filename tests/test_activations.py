@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainers import activations
-from trainers.activations import ActivationStatistics, Units, collect, layers_of, merge
+from trainers.activations import ActivationStatistics, Units, collect, layers_of
 from trainers.config import DistillLoss, Statistic
 from trainers.contract import StageError
 from trainers.distill import Distillation
@@ -148,12 +148,13 @@ def same(first: ActivationStatistics, second: ActivationStatistics, tolerance: f
 
 
 @pytest.mark.parametrize("name", MODEL_TYPES)
-def test_two_halves_merged_equal_the_whole(name: str) -> None:
+def test_the_sums_of_two_halves_are_those_of_the_whole(name: str) -> None:
     model = tiny_model(name)
     blocks = blocks_of(model)
     whole, _ = collect(model, blocks)
     halves = [collect(model, part)[0] for part in (blocks[:2], blocks[2:])]
-    same(merge(*halves), whole, 1e-6)
+    sums = {name: total + halves[1].sums[name] for name, total in halves[0].sums.items()}
+    same(ActivationStatistics(sum(half.samples for half in halves), sums), whole, 1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
@@ -169,6 +170,18 @@ def test_the_result_does_not_depend_on_the_batch_size(
     assert ticks == [size] * (5 // size) + ([5 % size] if 5 % size else [])
     same(found, expected, 1e-6)
     assert found_influence == pytest.approx(influence, abs=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_block_influence_does_not_depend_on_how_many_tokens_are_multiplied_at_once(
+    monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    model = tiny_model("llama")
+    blocks = blocks_of(model)
+    _, expected = collect(model, blocks)
+    monkeypatch.setattr("trainers.activations.TOKENS_A_PRODUCT", tokens)
+    _, found = collect(model, blocks)
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_result_does_not_depend_on_the_room_for_chunks_and_streams(

@@ -180,7 +180,6 @@ def test_a_deepspeed_step_equals_a_plain_adamw_step(tmp_path: Path, clip: float)
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(ours.table.weight, naive.table.weight, rtol=0, atol=1e-5)
     assert trained.steps == 12
-    assert trained.gpu_s == 0 or torch.cuda.is_available()
     assert trained.tokens == 12 * 4 * LENGTH
     assert trained.final_loss == pytest.approx(expected[-1], abs=1e-5)
 
@@ -349,6 +348,20 @@ def test_a_damaged_checkpoint_is_noticed_and_the_run_starts_anew(
     file.write_bytes(flipped if how == "flip" else whole[:middle])
     if how == "remove":
         file.unlink()
+    objective, heard = Bigram(), StopAt(-1, RuntimeError())
+    trained = train(objective, settings_of(), tmp_path / "out", heard)
+    assert heard.done[0] == 1
+    found, undisturbed = (objective, trained), tmp_path / "undisturbed"
+    assert_undisturbed(found, tmp_path / "out", settings_of(), undisturbed)
+
+
+@pytest.mark.parametrize("said", ["", "step", "..", "\x00\x00"])
+def test_a_note_of_the_last_checkpoint_that_names_none_is_noticed(
+    tmp_path: Path, said: str
+) -> None:
+    with pytest.raises(Interrupted):
+        train(Bigram(), settings_of(), tmp_path / "out", StopAt(5, Interrupted()))
+    (tmp_path / "out" / "checkpoints" / "whole").write_text(said)
     objective, heard = Bigram(), StopAt(-1, RuntimeError())
     trained = train(objective, settings_of(), tmp_path / "out", heard)
     assert heard.done[0] == 1
@@ -549,6 +562,42 @@ def test_liger_without_a_gpu_says_what_is_missing(
     training = settings_of(engine=EngineSettings(liger=True))
     with pytest.raises(StageError, match=r"engine\.liger needs a GPU"):
         train(objective, training, tmp_path)
+
+
+LIGER = """\
+from transformers.models.llama import modeling_llama
+
+def to_llama(model):
+    modeling_llama.apply_rotary_pos_emb = None
+    modeling_llama.LlamaMLP = None
+    model.patched = True
+
+MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": to_llama}
+
+def _apply_liger_kernel_to_instance(model):
+    MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](model)
+"""
+
+
+def test_liger_changes_the_model_at_hand_and_no_other_and_refuses_what_it_does_not_know(
+    tmp_path: Path, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in that patches as Liger does, which runs on a GPU alone."""
+    package = tmp_path / "liger_kernel" / "transformers"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "monkey_patch.py").write_text(LIGER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = checkpoints.new_model(tiny_config, seed=3)
+    before = dict(vars(sys.modules[type(model).__module__]))
+    engine._use_liger(model)
+    assert model.patched is True
+    assert vars(sys.modules[type(model).__module__]) == before
+    model.config.model_type = "nemotron"
+    with pytest.raises(StageError, match="knows no nemotron; it knows llama"):
+        engine._use_liger(model)
 
 
 @pytest.mark.slow

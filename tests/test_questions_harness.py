@@ -6,6 +6,7 @@ The descriptions are local ones in the manner of mmlu, gsm8k, truthfulqa_mc2, la
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ QUESTIONS = 12
 ROWS = language.questions(3, "knowledge", QUESTIONS + 4)
 JUDGE = """
 import math
+import random
+
+def shuffled(docs):
+    def one(doc):
+        order = random.sample(range(len(doc["choices"])), len(doc["choices"]))
+        choices = [doc["choices"][place] for place in order]
+        return doc | {"choices": choices, "gold": order.index(doc["gold"])}
+    return docs.map(one, load_from_cache_file=False)
 
 def process_results(doc, results):
     masses = [math.exp(value) for value, _ in results]
@@ -254,6 +263,20 @@ def test_a_perplexity_is_told_and_kept_out_of_the_mean(
         questions.ask_without(model, TOKENIZER, tasks, [(1, 1)])
 
 
+def test_a_task_that_shuffles_its_choices_is_the_same_every_time(
+    model: PreTrainedModel, describe: Describe
+) -> None:
+    describe("mixed", ROWS, **choices(process_docs="!function judge.shuffled"))
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        expected = random.Random(seed).random()
+        questions.harness_task.cache_clear()
+        found.append(questions.ask(model, TOKENIZER, [HarnessTask(name="mixed", shots=0)]))
+        assert random.random() == expected, "what others draw is left alone"
+    assert found[0] == found[1]
+
+
 # --- what cannot be had ----------------------------------------------------------------------
 
 
@@ -265,6 +288,9 @@ def test_what_cannot_be_asked_is_told_before_anything_starts(
     describe("pictures", ROWS, **choices(doc_to_image="choices"))
     describe("programs", ROWS, **choices(unsafe_code=True))
     describe("misspelt", ROWS, **choices(doc_to_text="{{qwery}}"))
+    describe("locked", ROWS, **choices(num_fewshot=0))
+    whole = {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}
+    describe("whole", ROWS, **choices(metric_list=[*metrics("acc"), whole]))
     told = {
         HarnessTask(name="chosen", shots=1): None,
         HarnessTask(name="chosin", shots=1): "has no task chosin; nearest: chosen",
@@ -277,6 +303,13 @@ def test_what_cannot_be_asked_is_told_before_anything_starts(
         HarnessTask(name="pictures", shots=0): "shows pictures or sound",
         HarnessTask(name="programs", shots=0): "runs code that the model wrote",
         HarnessTask(name="misspelt", shots=0): "qwery",
+        HarnessTask(name="locked", shots=0): None,
+        HarnessTask(name="locked", shots=2): "defined with 0 shots: 2 cannot be had",
+        HarnessTask(name="whole", shots=0): None,
+        HarnessTask(
+            name="whole", shots=0, metric="mcc"
+        ): "mcc is of all questions at once, and none of its halves has one; metrics of single "
+        "questions: acc",
     }
     expected = [message for message in told.values() if message]
     for message, part in zip(questions.missing(told), expected, strict=True):

@@ -32,6 +32,8 @@ STREAM_BYTES = 1 << 28
 """How much of the residual stream is held at once, unless one block alone needs more."""
 CHUNK_ELEMENTS = 1 << 18
 """What is reduced at once: it stays in a core's cache over the passes of all three statistics."""
+TOKENS_A_PRODUCT = 256
+"""Of which cosines are added up in single precision."""
 
 Units = Literal["down_input", "pre_activation", "heads", "groups", "channels"]
 """Neurons where the down projection reads them or before the activation function, query heads,
@@ -79,12 +81,6 @@ class ActivationStatistics:
         with safe_open(path, framework="pt") as file:
             sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(int(file.metadata()["samples"]), sums)
-
-
-def merge(first: ActivationStatistics, second: ActivationStatistics) -> ActivationStatistics:
-    """The statistics of both sets of samples together."""
-    sums = {name: total + second.sums[name] for name, total in first.sums.items()}
-    return ActivationStatistics(first.samples + second.samples, sums)
 
 
 # --- one pass --------------------------------------------------------------------------------
@@ -160,6 +156,7 @@ class _Streams:
     def __init__(self, model: PreTrainedModel) -> None:
         self._states = model.config.num_hidden_layers + 1
         self._shape = (self._states, model.config.hidden_size)
+        self._device = model.device
         self._held_BSLD = torch.empty(0, device=model.device)
         self._batch = 0
 
@@ -177,10 +174,13 @@ class _Streams:
         torch.mul(hidden_BLD, scale_BL1, out=self._held_BSLD[: self._batch, state])
 
     def cosines(self) -> Tensor:
-        """Sums over tokens of the cosine similarity of each pair of places, float64. One product of
-        matrices a sample: single products in fp32 would lose digits over more tokens."""
-        flat_BSN = self._held_BSLD[: self._batch].flatten(2)
-        return (flat_BSN @ flat_BSN.mT).sum(0, dtype=torch.float64)
+        """Sums over tokens of the cosine similarity of each pair of places, float64. A product of
+        matrices for some tokens of a sample: one in fp32 over more of them would lose digits."""
+        total_SS = torch.zeros(self._states, self._states, dtype=torch.float64, device=self._device)
+        for held_BSLD in torch.split(self._held_BSLD[: self._batch], TOKENS_A_PRODUCT, dim=2):
+            flat_BSN = held_BSLD.flatten(2)
+            total_SS += (flat_BSN @ flat_BSN.mT).sum(0, dtype=torch.float64)
+        return total_SS
 
 
 class _Sums:

@@ -76,6 +76,7 @@ class Peaks:
     teacher: float
 
 
+@workers.metered
 def run(context: StageContext[BenchmarkConfig]) -> StageResult:
     """Time the model in role `model` beside the one in role `teacher`."""
     config, folders = context.config, (context.model("model"), context.model("teacher"))
@@ -84,17 +85,14 @@ def run(context: StageContext[BenchmarkConfig]) -> StageResult:
     vocabulary = min(shape.vocab_size for shape in shapes)
     random = torch.Generator().manual_seed(context.seed)
     tick = Ticker(context.reporter, len(config.loads) * (config.warmup + config.rounds))
-    began = time.perf_counter()
     found: dict[Load, tuple[list[Round], Peaks]] = {}
     for load in config.loads:
         turns = _turns(config, load, sides, vocabulary, random, tick)
         rounds = list(turns)[config.warmup :]
         found[load] = rounds, _peaks(config, load, sides, shapes)
-    seconds = time.perf_counter() - began
     _write(context, found)
     tokens, flops = benchmark_cost(config, *shapes)
-    on_gpu = workers.device().type == "cuda"
-    return StageResult(metrics_of(found), tokens, flops, gpu_s=seconds if on_gpu else 0.0)
+    return StageResult(metrics_of(found), tokens, flops)
 
 
 # --- measuring -------------------------------------------------------------------------------

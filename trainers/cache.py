@@ -32,6 +32,7 @@ WORDS_OF_TEACHER = {".json", ".jinja", ".model", ".txt"}
 Chunk = dict[str, Tensor]
 
 
+@workers.metered
 def run(context: StageContext[CacheConfig]) -> StageResult:
     """Run the teacher over the blocks that the training draws, and keep what the signal needs."""
     config, folder = context.config, context.model("model")

@@ -78,7 +78,6 @@ class Ticker:
 class Runtime:
     """Facts of the machine at hand; they change how fast a stage is, never what it computes."""
 
-    threads: int = 1
     checkpoint_every_s: float = 30.0
 
 

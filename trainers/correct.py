@@ -14,6 +14,7 @@ from trainers.pretrain import LanguageModelling
 from trainers.shapes import shape_of
 
 
+@workers.metered
 def run(context: StageContext[CorrectConfig]) -> StageResult:
     """Train on next-token cross-entropy and leave a plain checkpoint with its tokenizer."""
     config, folder = context.config, context.model("model")
@@ -32,7 +33,7 @@ def run(context: StageContext[CorrectConfig]) -> StageResult:
         engine.forget(context.out)
     shape = shape_of(read_config(folder))
     flops = shape.training_flops(trained.tokens, config.corpus.block_length)
-    return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
+    return StageResult({"loss": trained.final_loss}, trained.tokens, flops)
 
 
 if __name__ == "__main__":

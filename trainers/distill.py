@@ -186,6 +186,7 @@ def check_sparse(loss: DistillLoss) -> None:
 # --- the stage -------------------------------------------------------------------------------
 
 
+@workers.metered
 def run(context: StageContext[DistillConfig]) -> StageResult:
     """Train the student and leave it as a plain checkpoint with its tokenizer."""
     config, training = context.config, context.config.training
@@ -207,7 +208,7 @@ def run(context: StageContext[DistillConfig]) -> StageResult:
         save_model(student, load_tokenizer(folder), context.out / "model")
         engine.forget(context.out)
     flops = _flops(context, trained)
-    return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
+    return StageResult({"loss": trained.final_loss}, trained.tokens, flops)
 
 
 def _measure(

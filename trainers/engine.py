@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -86,15 +87,11 @@ BUCKET = 50_000_000
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop did: all steps of the run, resumed ones included.
-
-    `gpu_s` are the seconds that this worker held its GPU for since it last started; 0 on a CPU.
-    """
+    """What the loop did: all steps of the run, resumed ones included."""
 
     steps: int
     tokens: int
     final_loss: float
-    gpu_s: float = 0.0
 
 
 def learning_rate_factor(step: int, training: Training) -> float:
@@ -217,7 +214,8 @@ class _Run:
         self._rank, self._workers = workers.rank_and_processes()
         self._micro = micro_batch_size(training, self._workers)
         self._device = workers.device()
-        self._started_at = time.monotonic()
+        # For a dropout, should a checkpoint ask for one: no run may depend on what ran before.
+        torch.manual_seed((seed << 8) + self._rank)
         self._engine = _start_engine(objective, training, self._micro)
         self.step = 0
         since: dict[str, list[float]] = {}
@@ -239,7 +237,9 @@ class _Run:
         if not self._whole.exists():
             return None
         tag = self._whole.read_bytes().decode(errors="replace")
-        sound = checksums.are_right(self._checkpoints / tag, self._rank, self._workers)
+        # A power cut can leave the file without its name, or with another's bytes.
+        named = re.fullmatch(r"step\d+", tag) is not None
+        sound = named and checksums.are_right(self._checkpoints / tag, self._rank, self._workers)
         if not _any_worker(not sound)[0]:
             return tag
         workers.wait_for_all()  # all have looked
@@ -310,7 +310,11 @@ class _Run:
         """What is to be measured after this step, noted in the curve; nothing after most steps."""
         if measure is None or self.step % measure.every:
             return {}
-        found = dict(measure.measure())
+        self._objective.eval()
+        try:
+            found = dict(measure.measure())
+        finally:
+            self._objective.train()
         tokens = self.step * self.tokens_per_step
         self._curve.note(self.step, tokens, found)
         return found | {"tokens": tokens}
@@ -340,7 +344,10 @@ class _Run:
 
     def _keep_only(self, tag: str) -> None:
         beside = self._whole.with_suffix(".part")
-        beside.write_text(tag)
+        with beside.open("w") as file:
+            file.write(tag)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(self._whole)
         self._drop_all_but(tag)
 
@@ -353,10 +360,8 @@ class _Run:
         """Close the curve: all steps are done."""
         if self._rank == 0:
             self._curve.flush()
-        on_gpu = self._device.type == "cuda"
-        gpu_s = time.monotonic() - self._started_at if on_gpu else 0.0
         tokens = self.step * self.tokens_per_step
-        return Trained(self.step, tokens, self._curve.last_loss, gpu_s)
+        return Trained(self.step, tokens, self._curve.last_loss)
 
     def free(self) -> None:
         """Give back the memory of the engine and its optimizer."""
@@ -562,7 +567,7 @@ def _prepare(model: PreTrainedModel, chosen: EngineSettings) -> None:
 
 
 def _use_liger(model: PreTrainedModel) -> None:
-    """Replace norms, rotary embeddings and MLPs by Liger's kernels. Losses are ours anyway."""
+    """Replace norms and MLPs by Liger's kernels. Losses are ours anyway."""
     missing = [
         what
         for what, there in (
@@ -573,8 +578,27 @@ def _use_liger(model: PreTrainedModel) -> None:
     ]
     if missing:
         raise StageError(f"engine.liger needs {' and '.join(missing)}")
-    liger = importlib.import_module("liger_kernel.transformers")
-    liger._apply_liger_kernel_to_instance(model=model)
+    patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    known = patches.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if model.config.model_type not in known:
+        raise StageError(
+            f"engine.liger knows no {model.config.model_type}; it knows {', '.join(sorted(known))}"
+        )
+    with _module_kept(type(model).__module__):
+        patches._apply_liger_kernel_to_instance(model=model)
+
+
+@contextmanager
+def _module_kept(name: str) -> Iterator[None]:
+    """Undoes what is set in a module: Liger replaces classes and functions there as well, and a
+    worker's later trials may ask for none of it. Rotary embeddings, which are looked up there, so
+    stay as they are; norms and MLPs are replaced in the model itself."""
+    module = sys.modules[name]
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _compile_layers(model: PreTrainedModel) -> None:

@@ -175,6 +175,7 @@ class _Calibration:
         return float((correct - confidence).abs().sum() / tokens.sum())
 
 
+@workers.metered
 def run(context: StageContext[EvaluateConfig]) -> StageResult:
     """Measure the model in role `model`; roles `teacher` and any tasks are optional."""
     config, folder = context.config, context.model("model")

@@ -39,6 +39,7 @@ PARTS = 1000
 """In how many parts progress is told where the work is not counted in blocks of text."""
 
 
+@workers.metered
 def run(context: StageContext[ImportanceConfig]) -> StageResult:
     """Score every block of layers into scores.jsonl, and by activations every unit into
     activations.safetensors."""

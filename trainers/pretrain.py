@@ -52,6 +52,7 @@ def _initialised(shape: LlamaShape, settings: dict[str, Any], seed: int) -> PreT
     return model
 
 
+@workers.metered
 def run(context: StageContext[PretrainConfig]) -> StageResult:
     """Train from random weights and leave a plain checkpoint with its tokenizer."""
     config = context.config
@@ -81,7 +82,7 @@ def run(context: StageContext[PretrainConfig]) -> StageResult:
         save_model(model.to(torch.float32), tokenizer, folder)
         engine.forget(context.out)
     flops = shape_of(settings).training_flops(trained.tokens, config.corpus.block_length)
-    return StageResult({"loss": trained.final_loss}, trained.tokens, flops, trained.gpu_s)
+    return StageResult({"loss": trained.final_loss}, trained.tokens, flops)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import difflib
 import json
 import logging
 import os
+import random
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,9 +31,12 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import numpy as np
+import torch
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils as harness
+from lm_eval.api import registry
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -61,6 +66,10 @@ _sandbox.filters |= harness.env.filters
 harness.env = _sandbox
 
 FEWSHOT_SEED = 1234
+OF_ALL_QUESTIONS = ("f1", "matthews_corrcoef", "bleu", "chrf", "chrf++", "ter")
+"""The harness' ways to make one number of all answers that say nothing of a single one."""
+SEEDS = 0, 1234, 1234
+"""Of Python, numpy and torch, as the harness' own command has them: some tasks shuffle choices."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,22 @@ def _ask_one(scorer: Scorer, task: Task) -> list[Answer]:
     return [_answer(task, one, sample, seen) for one, sample in _samples(scorer, task)]
 
 
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """While open, what is drawn at random is the same every time; afterwards as if nothing was."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy, pytorch = SEEDS
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(pytorch)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 def _samples(scorer: HFLM, task: Task) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every question once, with the harness' task that it is of: a group has several."""
     loaded = harness_task(task)
@@ -176,7 +201,8 @@ def _samples(scorer: HFLM, task: Task) -> Iterator[tuple[Any, dict[str, Any]]]:
         each.set_fewshot_seed(seed=FEWSHOT_SEED)
     # `evaluate` and not `simple_evaluate`, which loads the data anew and inspects the machine each
     # time: ten times what the questions themselves cost a small model.
-    results = evaluate(scorer, loaded, limit=task.limit, bootstrap_iters=0)
+    with _seeded():
+        results = evaluate(scorer, loaded, limit=task.limit, bootstrap_iters=0)
     for name, samples in results["samples"].items():
         each = loaded["tasks"][name]
         wanted = _filter(task, each)
@@ -235,13 +261,18 @@ def harness_task(task: Task) -> Any:
             f"lm-evaluation-harness has no task {task.name}; nearest: {', '.join(near)}"
         )
     try:
-        with tempfile.TemporaryDirectory(prefix="questions-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="questions-") as scratch, _seeded():
             found = manager.load([_prepared(task, Path(scratch))])
     except Exception as error:  # of the hub, of a file, of a package that the task's code wants
         raise StageError(
             f"cannot get the questions of task {task.name}: {_reason(error)}"
         ) from error
     for each in found["tasks"].values():
+        if task.shots and each.get_config("num_fewshot") == 0:
+            # The harness' own command leaves such a task at none, whatever is asked for.
+            raise StageError(
+                f"task {task.name} is defined with 0 shots: {task.shots} cannot be had"
+            )
         each.set_config(key="num_fewshot", value=task.shots)
     return found
 
@@ -314,10 +345,16 @@ def missing(tasks: Iterable[Task]) -> list[str]:
 def _check(task: Task) -> None:
     for each in harness_task(task)["tasks"].values():
         _filter(task, each)
-        metrics = list(each.aggregation())
-        if _metric(task) not in metrics and not _names_its_metrics_late(each):
+        aggregations = each.aggregation()
+        if _metric(task) not in aggregations and not _names_its_metrics_late(each):
             raise StageError(
-                f"task {task.name} has no metric {_metric(task)}; it has {', '.join(metrics)}"
+                f"task {task.name} has no metric {_metric(task)}; it has {', '.join(aggregations)}"
+            )
+        if _is_of_all_questions(aggregations.get(_metric(task))):
+            by_question = [name for name, a in aggregations.items() if not _is_of_all_questions(a)]
+            raise StageError(
+                f"task {task.name}: {_metric(task)} is of all questions at once, and none of its "
+                f"halves has one; metrics of single questions: {', '.join(by_question) or 'none'}"
             )
         if getattr(each, "UNSAFE_CODE", False):
             raise StageError(f"task {task.name} runs code that the model wrote, which is not safe")
@@ -328,6 +365,10 @@ def _check(task: Task) -> None:
             each.build_all_requests(limit=1)
         except Exception as error:  # of a template, or of too few examples to show
             raise StageError(f"cannot ask task {task.name}: {_reason(error)}") from error
+
+
+def _is_of_all_questions(aggregation: Callable[..., float] | None) -> bool:
+    return aggregation in [registry.get_aggregation(name) for name in OF_ALL_QUESTIONS]
 
 
 def _names_its_metrics_late(each: Any) -> bool:

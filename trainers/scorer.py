@@ -205,8 +205,9 @@ def longest_shared(model: PreTrainedModel) -> int:
 class Scorer(HFLM):  # type: ignore[misc]
     """`HFLM` that shares beginnings and runs the output head on the continuation's positions alone.
 
-    Answers equal `HFLM`'s. Where torch.distributed runs, every process must ask the same; each
-    scores or generates its share, and all of them get all answers.
+    Answers equal `HFLM`'s; of a model in bf16, log-probabilities are still added up in fp32, where
+    its default rounds them to 8 bits and makes ties. Where torch.distributed runs, every process
+    must ask the same; each scores or generates its share, and all of them get all answers.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -73,7 +73,7 @@ def main(config_type: type[ConfigT], run: Callable[[StageContext[ConfigT]], Stag
     arguments = _arguments(run.__doc__)
     rank, processes = workers.launched()
     try:
-        runtime = Runtime(arguments.threads, arguments.checkpoint_every)
+        runtime = Runtime(arguments.checkpoint_every)
         context = _context(config_type, arguments.config, arguments.out, runtime)
         _check_workers(config_type, processes)
         asked = _asked(context)

@@ -7,11 +7,18 @@ started. One worker needs nothing of this: no port, no environment, no process g
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
 
 import torch
 from torch import Tensor, distributed
+
+from trainers.contract import ConfigT, StageContext, StageResult
+
+Run = Callable[[StageContext[ConfigT]], StageResult]
 
 
 def rank_and_processes() -> tuple[int, int]:
@@ -43,15 +50,32 @@ def mean_over_workers(values: Tensor) -> Tensor:
 
 
 def device() -> torch.device:
-    """The GPU of this worker where there is one, else the CPU."""
-    if torch.cuda.is_available():
+    """The GPU of this worker where there is one for each on this machine, else the CPU."""
+    if _has_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
+def _has_gpus(count: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() >= count
+
+
 def backend() -> str:
     """What workers talk through on this machine, for each kind of tensor."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+
+
+def metered(run: Run[ConfigT]) -> Run[ConfigT]:
+    """The stage, whose result says for how many seconds this worker held its GPU; 0 on a CPU."""
+
+    @wraps(run)
+    def timed(context: StageContext[ConfigT]) -> StageResult:
+        started = time.monotonic()
+        result = run(context)
+        held = time.monotonic() - started if device().type == "cuda" else 0.0
+        return replace(result, gpu_s=held)
+
+    return timed
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -64,7 +88,7 @@ def join() -> bool:
     """Make the launched processes one group, unless they are. Gives whether this call did."""
     if launched()[1] == 1 or distributed.is_initialized():
         return False
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         torch.cuda.set_device(device())
     distributed.init_process_group(backend())
     return True
