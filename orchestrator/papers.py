@@ -14,12 +14,12 @@ from typing import Any
 
 from orchestrator import published
 from orchestrator.asked import BASELINE, key_of, keys_meant
-from orchestrator.inference import adjusted_means
 from orchestrator.published import P2_T1, PublishedTable
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import (
     Estimate,
     Ranking,
+    adjusted_means,
     configuration_key,
     estimate,
     value_of,

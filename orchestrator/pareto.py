@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.asked import lower_is_better
-from orchestrator.inference import adjusted_means
 from orchestrator.records import TEACHER, Records, TrialRecord
-from orchestrator.selection import Estimate, Measure, groups, labels, value_of
+from orchestrator.selection import Estimate, Measure, adjusted_means, groups, labels, value_of
 
 COSTS = (
     "parameters",

@@ -22,12 +22,12 @@ from orchestrator.canvas import (
     fit,
     within,
 )
-from orchestrator.inference import adjusted_means
 from orchestrator.published import P1_T11
 from orchestrator.records import TEACHER, Records, TrialRecord
 from orchestrator.selection import (
     Estimate,
     Measure,
+    adjusted_means,
     axis_names,
     canonical,
     over_seeds,

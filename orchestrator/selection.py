@@ -59,6 +59,7 @@ __all__ = [
     "Mode",
     "Ranking",
     "Winner",
+    "adjusted_means",
     "axis_names",
     "canonical",
     "configuration_key",
