@@ -163,11 +163,11 @@ def _profiles(gathered: Gathered) -> list[str]:
     return sorted({line.profile for line in gathered.lines if line.profile is not None})
 
 
-def _decided(lines: Iterable[Line]) -> str | None:
-    """How many of the claims that ran are decided."""
+def _decided(lines: Iterable[Line]) -> str:
+    """How many of the claims that ran are decided, to be put behind the verdict."""
     outcomes = [line.verdict.verdict for line in lines if line.verdict is not None]
     count = sum(outcome in ("supported", "contradicted") for outcome in outcomes)
-    return f"{count} of {len(outcomes)}" if outcomes else None
+    return f", {count} of {len(outcomes)}" if outcomes else ""
 
 
 def _at(lines: Iterable[Line], profile: str) -> list[Line]:
@@ -200,17 +200,15 @@ def _head() -> str:
 
 def _overview(gathered: Gathered) -> str:
     profiles = _profiles(gathered)
-    rows = []
+    rows: list[tuple[int | str, ...]] = []
     for practice in PRACTICES:
         lines = _of(gathered, practice.number)
-        verdicts = (overall(_at(lines, profile)) for profile in profiles)
-        whole = (f"**{overall(lines)}**", _decided(lines))
-        rows.append((practice.number, practice.text, *verdicts, *whole))
-    columns = (
-        Column("number", 0, title="#"),
-        *map(Column, ("practice", *profiles, "all", "decided")),
-    )
-    caption = "The verdicts, by profile and over all; decided: how many of the claims."
+        at_each = (_at(lines, profile) for profile in profiles)
+        verdicts = (f"{overall(found)}{_decided(found)}" for found in at_each)
+        whole = f"**{overall(lines)}**{_decided(lines)}"
+        rows.append((practice.number, practice.text, *verdicts, whole))
+    columns = (Column("number", 0, title="#"), *map(Column, ("practice", *profiles, "all")))
+    caption = "The verdicts, by profile and over all, each with how many of the claims are decided."
     return Table("overview", caption, columns, tuple(rows)).to_markdown()
 
 
@@ -287,14 +285,13 @@ def as_table(gathered: Gathered) -> Shown:
     """The verdicts for the terminal."""
     profiles = _profiles(gathered)
     table = Shown(title="best practices", title_justify="left")
-    for name in ("practice", *profiles, "all", "decided"):
+    for name in ("practice", *profiles, "all"):
         table.add_column(name, overflow="fold")
     for practice in PRACTICES:
         lines = _of(gathered, practice.number)
-        verdicts = [overall(_at(lines, profile)) for profile in profiles] + [overall(lines)]
-        marks = (MARKS[verdict] for verdict in verdicts)
-        name = escape(f"{practice.number}. {practice.text}")
-        table.add_row(name, *marks, _decided(lines) or "-")
+        groups = [*(_at(lines, profile) for profile in profiles), lines]
+        marks = (f"{MARKS[overall(group)]}{_decided(group)}" for group in groups)
+        table.add_row(escape(f"{practice.number}. {practice.text}"), *marks)
     return table
 
 

@@ -9,12 +9,16 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 import pytest
 from docs_at_hand import PAGES, ROOT, blocks
+from pydantic import BaseModel
 
 from orchestrator.cli import app
+from orchestrator.settings import TrialConfig
+from orchestrator.spec import ProfileFile, SweepFile
 from orchestrator.stages import STAGES
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -165,3 +169,22 @@ def test_what_the_decisions_say_of_removed_heads_is_what_is_published() -> None:
     for row in rows:  # a claim that it lowers the loss: what it adds has the other sign
         effect, high, low = (-float(row[name]) for name in ("effect", "low", "high"))
         assert f"{effect:.3f} [{low:.3f}, {high:.3f}] higher" in page
+
+
+def _settings(kind: Any, seen: set[type[BaseModel]]) -> Iterator[str]:
+    """The names of all settings that a type holds, at any depth."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen:
+        seen.add(kind)
+        for name, field in kind.model_fields.items():
+            yield name
+            yield from _settings(field.annotation, seen)
+    for inner in get_args(kind):
+        yield from _settings(inner, seen)
+
+
+def test_the_page_on_sweep_files_names_every_setting() -> None:
+    seen = set[type[BaseModel]]()
+    names = {n for kind in (TrialConfig, SweepFile, ProfileFile) for n in _settings(kind, seen)}
+    assert names >= {"prune", "scale_residual_init", "floor_tokens", "than_each", "utilisation"}
+    words = set(re.findall(r"\w+", (ROOT / "docs" / "sweep_file.md").read_text()))
+    assert sorted(names - words) == []
