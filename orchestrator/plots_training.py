@@ -55,10 +55,13 @@ class Line:
 
 
 def lines(records: Records, name: str) -> list[Line]:
-    """A line per configuration that has the curve, in the order of the sweep file."""
-    found = [
-        _line(text, list(trials.values())) for text, trials in points_of(records, name).items()
-    ]
+    """A line per configuration that has the curve, in the order of the sweep file: over the seeds
+    that completed, where any did, so that one that was stopped does not cut the others short."""
+    completed = {trial.trial_id for trial in records.trials if trial.status == "completed"}
+    found = []
+    for label, trials in points_of(records, name).items():
+        whole = [points for trial_id, points in trials.items() if trial_id in completed]
+        found.append(_line(label, whole or list(trials.values())))
     return [line for line in found if line.tokens]
 
 
@@ -149,7 +152,7 @@ def _curves_caption(seeds: set[int], grey: bool) -> str:
         text += f"Lines: means over {count} seeds; bands: from the lowest to the highest seed."
     else:
         text += "One seed each, so there is no interval."
-    return f"{text} Grey: the configurations that ended higher." if grey else text
+    return f"{text} Grey: configurations whose lines end higher." if grey else text
 
 
 def _styled(panels: Sequence[Sequence[Line]]) -> dict[str, int]:

@@ -394,9 +394,9 @@ def _ranking_caption(records: Records, ranking: Ranking | None) -> str:
     text = (
         f"Configurations by {ranking.metric}, {order} first. {scale(records)} Mean over seeds with "
         f"its {kind}; spread: standard deviation over seeds. Behind best: paired difference with "
-        "its interval; tied: the test against the best, after Holm's correction, does not tell "
-        "them apart; untested: nothing was repeated, so that this may be luck. Chosen: the "
-        "cheapest of the tied."
+        "its interval; tied: the tests against the best (the noise of all seeds, after Holm's "
+        "correction, and the pair's own) do not both tell them apart; untested: nothing was "
+        "repeated, so that this may be luck. Chosen: the cheapest of the tied."
     )
     if any(each.unfinished for each in ranking.configurations):
         text += (

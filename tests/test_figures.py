@@ -333,6 +333,16 @@ def test_a_line_is_the_mean_over_seeds_as_far_as_all_of_them_went() -> None:
     assert (line.low, line.high) == ((1, 2), (3, 4))
 
 
+def test_a_stopped_seed_does_not_cut_the_line_of_those_that_completed() -> None:
+    curves = (*points("a-0", [1, 2, 3, 4]), *points("a-1", [9]))
+    grid = [trial("a", 0), replace(trial("a", 1), status="stopped")]
+    (line,) = lines(sweep(grid, curves=curves), "heldout_loss")
+    assert (line.tokens, line.mean, line.seeds) == ((10, 20, 30, 40), (1, 2, 3, 4), 1)
+    stopped = [replace(each, status="stopped") for each in grid]
+    (line,) = lines(sweep(stopped, curves=curves), "heldout_loss")
+    assert (line.tokens, line.seeds) == ((10,), 2)
+
+
 def test_more_configurations_than_colours_stay_readable() -> None:
     grid = [trial(str(n)) for n in range(20)]
     curves = [p for n, t in enumerate(grid, 1) for p in points(t.trial_id, [n, n], "kd_loss")]
@@ -466,6 +476,12 @@ def test_the_interval_within_seeds_is_that_of_the_paired_difference() -> None:
     assert found["a"].half_width == pytest.approx(half / 2 * math.sqrt(2))
 
 
+def test_who_alone_lacks_the_hard_seed_does_not_stand_better_for_that() -> None:
+    easy, hard = {0: [1.0], 1: [3.0], 2: [6.0]}, {0: [1.1], 1: [3.101]}
+    found = within_seeds({"a": easy, "b": hard})
+    assert found["b"].value - found["a"].value == pytest.approx(0.1, abs=0.001)
+
+
 def test_main_effects_are_means_over_the_other_axes() -> None:
     grid = [
         trial(f"{a}{b}", seed, {"lm_loss.after": a + 10 * b}, axes={"a": a, "b": b})
@@ -590,6 +606,22 @@ def test_throughput_is_the_mean_over_seeds_or_the_spread_of_the_rounds() -> None
     ((_, known),) = both["trial"].items()
     assert known.value == 2.5
     assert known.high == pytest.approx(2.5 + stats.t.ppf(0.975, 1) * math.sqrt(0.5 / 2))
+
+
+def test_a_throughput_caption_counts_the_seeds_that_were_timed() -> None:
+    def drawn(*timed: tuple[str, Sequence[int]]) -> str:
+        grid = [
+            trial(name, s, {"throughput.in8_out8_b1": 1.5 + s / 10} if s in seeds else {})
+            for name, seeds in timed
+            for s in range(3)
+        ]
+        drawing = throughput(sweep(grid))
+        assert drawing is not None
+        return drawing.caption
+
+    assert "means over 2 seeds" in drawn(("a", [1, 2]), ("b", [1, 2]))
+    assert "one seed;" in drawn(("a", [1]), ("b", [1]))
+    assert "and of what was timed once" in drawn(("a", [0, 1, 2]), ("b", [0]))
 
 
 def test_the_published_ratios_stand_beside_ours_with_their_source() -> None:

@@ -80,6 +80,20 @@ def test_a_configuration_stands_at_its_mean_over_seeds() -> None:
     assert (point.x.value, point.x.low, len(point.trials)) == (5.0, None, 3)
 
 
+def test_who_alone_had_the_easy_seed_is_not_on_the_front_for_that() -> None:
+    found = [
+        replace(trial(name, size, 0.0, seed), metrics={"lm_loss.after": loss + seed})
+        for name, size, loss, seeds in (("good", 100, 1.0, range(3)), ("poor", 200, 1.2, [0]))
+        for seed in seeds
+    ]
+    assert names(sweep(found), y="lm_loss.after") == ["good"]
+    by_name = {
+        p.trials[0].axes["way"]: p for p in points(sweep(found), "parameters", "lm_loss.after")
+    }
+    assert by_name["good"].y.value == pytest.approx(2.0)
+    assert by_name["poor"].y.value == pytest.approx(2.2)
+
+
 def test_a_trial_without_one_of_the_values_takes_no_part() -> None:
     stopped = replace(trial("stopped", 1, 0.9), status="stopped")
     found = sweep([trial("unknown", None, 0.9), stopped, trial("known", 5, 0.4)])

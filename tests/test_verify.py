@@ -308,6 +308,22 @@ def test_where_seeds_are_further_apart_the_interval_is_that_of_two_runs(
     assert found.low <= there <= found.high, "another seed is inside"
 
 
+def test_rows_of_other_settings_that_are_asked_for_no_more_widen_no_interval(
+    records: Records,
+) -> None:
+    row = row_of(records, "perplexity-0")
+    before = compared(row, again(row))["lm_loss.after"]
+    earlier = [
+        replace(
+            t, trial_id=f"earlier-{t.seed}", in_sweep=False, metrics={"lm_loss.after": 9.0 + t.seed}
+        )
+        for t in records.trials
+        if t.trial_id.startswith("perplexity")
+    ]
+    crowded = replace(records, trials=(*records.trials, *earlier))
+    assert compared(Row(row.folder, row.trial, crowded), again(row))["lm_loss.after"] == before
+
+
 def test_the_tolerance_stands_where_there_are_no_seeds_and_is_the_least_there_is(
     records: Records,
 ) -> None:
