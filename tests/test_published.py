@@ -1,4 +1,4 @@
-"""What is committed under results/published: whole, small, and saying what the README says."""
+"""What is committed under results/published: whole, small, and saying what the pages say."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from orchestrator.spec import Sweep, load
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "published"
+FINDINGS = ROOT / "docs" / "findings.md"
 FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/*/trials.parquet"))
 
 
@@ -127,7 +128,7 @@ COLUMNS = {
     "requests a second": ("throughput.mean", 2),
     "time to first token": ("first_token_ratio.mean", 2),
 }
-"""A heading of a table in the README -> metric and decimals."""
+"""A heading of a table in the README or among the findings -> metric and decimals."""
 
 
 @pytest.mark.parametrize(
@@ -139,13 +140,13 @@ COLUMNS = {
         ("throughput", "| what is cut | parameters | requests a second |"),
     ],
 )
-def test_every_row_of_the_readmes_tables_is_a_configuration_that_was_published(
+def test_every_row_of_a_pages_table_is_a_configuration_that_was_published(
     sweep: str, first: str
 ) -> None:
     records = read_parquet(PUBLISHED / sweep / "smollm2_local")
     published = [_rounded(trials) for trials in selection.groups(records.asked.trials)]
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index(first) :].split("\n\n")[0]
+    pages = "\n".join(page.read_text() for page in (ROOT / "README.md", FINDINGS))
+    table = pages[pages.index(first) :].split("\n\n")[0]
     heading, _, *rows = [_cells(line) for line in table.splitlines()]
     for row in rows:
         told = {
