@@ -61,6 +61,9 @@ class Questions:
         kind = "accuracy" if split == "select" else "accuracy_report"
         means = {trial.trial_id: value_of(trial, f"{kind}.mean") for trial in records.trials}
         self.apart = not_counted(self._answers, means)
+        if not any(means.get(trial_id) is not None for trial_id in self._answers):
+            tasks = {task for answers in self._answers.values() for task, _ in answers}
+            self.apart = frozenset(tasks)  # none of them made a mean
         if out := self.apart:
             self._answers = {
                 trial_id: {key: value for key, value in answers.items() if key[0] not in out}

@@ -131,7 +131,7 @@ class _Member:
 def _members(
     records: Records, metric: str, group: Mapping[str, Any], among: Mapping[str, Any] | None
 ) -> list[_Member]:
-    """The trials of a group, by id; those without a value failed, were stopped or lack it."""
+    """The trials of a group, by id; those without a value failed or were stopped."""
     own, narrowed = _rule(records, group), _rule(records, among or {})
     found, seeded = [], records.teachers_have_seeds
     for trial in records.trials:
@@ -139,7 +139,8 @@ def _members(
         meant = (BASELINE in group) == (BASELINE in settings) and _fits(settings, own)
         # A baseline lacks the axes of the grid: it stands for every value of them.
         lenient = BASELINE in group
-        if meant and _fits(settings, narrowed, lenient):
+        lost = trial.status != "completed"  # a metric that was not to be measured is not lost
+        if (value is not None or lost) and meant and _fits(settings, narrowed, lenient):
             found.append(_Member(trial, value, settings))
     return sorted(found, key=lambda member: member.trial_id)
 
@@ -315,7 +316,9 @@ def _decided(
 ) -> Verdict:
     if effect.seeds == 1 and effect.estimate.low is not None:
         alone = _outcome(claim, effect.estimate)
-        note = f"one seed decides nothing; over its questions alone: {alone}"
+        note = "; ".join(
+            filter(None, (f"one seed decides nothing; over its questions alone: {alone}", note))
+        )
     return _verdict(
         claim,
         claim.metric,
@@ -354,6 +357,8 @@ def _why_no_pair(first: Sequence[_Member], second: Sequence[_Member], free: set[
     for which, group in (("the first", first), ("the second", second)):
         if all(member.value is None for member in group):
             return f"no trial of {which} group completed with a value"
+    if _pairs(first, second, free):
+        return "no two trials that could be compared both completed with a value"
     names = sorted({name for each in (*first, *second) for name in _without(each, free)})
     return f"no trial of one group agrees with one of the other in {', '.join(names)}"
 
@@ -370,7 +375,9 @@ def _effect(measure: Measure, pairs: Sequence[_Pair]) -> _Effect | None:
         notes.append(f"{left} of {len(pairs)} pairs left out: a trial of their seed has no value")
     if lacking:
         notes.append(f"{len(lacking)} of the settings compared have no value at all")
-    uneven = not lacking and len({len(found) for found in _seeds(counted).values()}) > 1
+    everything = {p.compared for p in counted}
+    by_seed = _seeds(counted).values()
+    uneven = not lacking and any({p.compared for p in found} != everything for found in by_seed)
     if uneven:
         notes.append("fewer than two seeds have every pair")
     note = "; ".join(filter(None, notes)) or None
@@ -413,7 +420,7 @@ def _mean_effect(measure: Measure, pairs: Sequence[_Pair]) -> _Effect:
         test = None if estimate.low is None else p_value(value, seeds, None)
         return _Effect(estimate, test, note, len(pairs), len(by_seed))
     rows = [sign * _average(by_seed[seed], answers) for seed in sorted(by_seed)]
-    varied = max(effects) - min(effects) > ROUNDING
+    varied = len(effects) == 1 or max(effects) - min(effects) > ROUNDING
     note = None if varied else "the effect is the same with every seed: over questions alone"
     questions = measure.noise(rows)
     estimate, test = interval(value, seeds, questions), p_value(value, seeds, questions)

@@ -105,7 +105,8 @@ class _Objective:
         plain = [self._plain(trials) for trials in measured]
         students = [i for i, trials in enumerate(measured) if trials[0].baseline != TEACHER]
         by_seed = [{t.seed: self._required(t) for t in measured[i]} for i in students]
-        means = dict(zip(students, adjusted_means(by_seed), strict=True)) if students else {}
+        varies = any(len(set(values.values())) > 1 for values in by_seed)  # a size does not
+        means = dict(zip(students, adjusted_means(by_seed), strict=True)) if varies else {}
         return [_moved(each, means.get(i, each.value)) for i, each in enumerate(plain)]
 
     def _plain(self, trials: Sequence[TrialRecord]) -> Estimate:

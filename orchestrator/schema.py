@@ -220,8 +220,10 @@ def final_paths(model: type[BaseModel], sweep: Node, relative_to: Path | None) -
         if packaged and parts == ("source", "file"):
             return node
         in_data = folder is not None and issubclass(setting.owner, IN_DATA_FOLDER)
-        start = folder if in_data else relative_to
-        return replace(node, value=beginning_at(start, absolute(node, setting, folder)))
+        path = absolute(node, setting, folder)
+        if in_data and Path(os.path.expanduser(str(node.value))).is_absolute():  # noqa: PTH111
+            return replace(node, value=path)  # whatever the folder
+        return replace(node, value=beginning_at(folder if in_data else relative_to, path))
 
     def moved(node: Node, dotted: str) -> Node:
         return rewrite_paths(model, node, move, tuple(dotted.split(".")))

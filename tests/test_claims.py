@@ -285,7 +285,7 @@ def test_a_failed_trial_and_a_missing_value_are_no_data_points() -> None:
     failed = replace(more[0], status="failed", reason="no", metrics={})
     found = [*whole, failed, replace(more[1], metrics={}), *more[2:]]
     without = judged(found, asked(NEW_BETTER))
-    assert without.note == "2 of 5 pairs left out: a trial of their seed has no value"
+    assert without.note == "1 of 4 pairs left out: a trial of their seed has no value"
     assert replace(without, note=None) == judged(whole, asked(NEW_BETTER))
 
 
@@ -327,6 +327,63 @@ def test_only_seeds_with_every_pair_count() -> None:
     verdict = judged(failing(both_cells(), [1, 2, 3, 4]), asked(NEW_BETTER))
     assert verdict.verdict == "undecided"
     assert "fewer than two seeds have every pair" in (verdict.note or "")
+
+
+def test_seeds_that_lack_different_pairs_are_not_alike_for_lacking_equally_many() -> None:
+    gains = {"a": 0.6, "b": -0.5, "c": -0.5}
+    found = [
+        trial(seed, 2.0 + seed + loss * (1 + seed / 100), way=way, x=x)
+        for seed in range(2)
+        for x, gain in gains.items()
+        for way, loss in (("new", -gain), ("old", 0.0))
+    ]
+    assert judged(found, asked(NEW_BETTER)).verdict == "contradicted"
+    lost = [
+        replace(t, status="failed", reason="diverged", metrics={})
+        if t.axes["way"] == "new" and (t.axes["x"], t.seed) in {("b", 0), ("c", 1)}
+        else t
+        for t in found
+    ]
+    assert judged(lost, asked(NEW_BETTER)).verdict == "undecided"
+
+
+def test_a_metric_that_was_not_to_be_measured_is_not_lost() -> None:
+    found = trials("new", [2.0, 2.1, 2.05]) + trials("old", [2.5, 2.62, 2.53])
+    without = [
+        replace(each, trial_id=f"{each.trial_id}-", axes={**each.axes, "rung": "first"}, metrics={})
+        for each in found
+    ]
+    with_rung = [replace(each, axes={**each.axes, "rung": "last"}) for each in found]
+    verdict = judged([*with_rung, *without], asked(NEW_BETTER))
+    assert (verdict.verdict, verdict.note, verdict.pairs) == ("supported", None, 3)
+
+
+def test_a_perplexity_that_is_the_only_task_is_better_low() -> None:
+    found, items = [], []
+    for seed in range(3):
+        for way, perplexity in (("new", 20.0 + seed), ("old", 30.0)):
+            each = trial(seed, perplexity, "accuracy.text", way=way)
+            found.append(each)
+            items.append(ItemRecord(each.trial_id, "text", "0", "select", perplexity, None))
+    claim = asked(NEW_BETTER, metric="accuracy.text")
+    assert judged(found, claim, items).verdict == "supported"
+
+
+def test_why_nothing_is_compared_is_said() -> None:
+    found = trials("new", [2.0, 2.1], x="a") + trials("old", [2.5, 2.6], x="b")
+    assert "agrees with one of the other in seed, x" in (
+        judged(found, asked(NEW_BETTER)).note or ""
+    )
+    both = [
+        trial(s, 2.0, way=way, x=x) for s in (0, 1) for way in ("new", "old") for x in ("a", "b")
+    ]
+    apart = [
+        replace(t, status="failed", reason="no", metrics={})
+        if (t.axes["way"] == "new") == (t.axes["x"] == "a")
+        else t
+        for t in both
+    ]
+    assert "no two trials that could be compared" in (judged(apart, asked(NEW_BETTER)).note or "")
 
 
 def test_the_best_of_several_is_not_established_by_the_failure_of_one() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from trainers import workers
 from trainers.config import EvaluateConfig, GeneratedCorpus
-from trainers.contract import StageContext, StageResult
+from trainers.contract import StageContext, StageError, StageResult
 
 CPU = torch.device("cpu")
 
@@ -20,11 +20,10 @@ CPU = torch.device("cpu")
         (0, None, None, CPU, "gloo"),
         (1, None, None, torch.device("cuda", 0), "cpu:gloo,cuda:nccl"),
         (2, "2", "1", torch.device("cuda", 1), "cpu:gloo,cuda:nccl"),
-        (1, "2", "0", CPU, "gloo"),
-        (1, "2", "1", CPU, "gloo"),
+        (0, "2", "1", CPU, "gloo"),
     ],
 )
-def test_workers_take_gpus_only_where_each_has_one(
+def test_each_worker_takes_its_own_gpu_where_there_are_any(
     monkeypatch: pytest.MonkeyPatch,
     gpus: int,
     workers_here: str | None,
@@ -41,6 +40,16 @@ def test_workers_take_gpus_only_where_each_has_one(
             monkeypatch.setenv(name, value)
     assert workers.device() == expected
     assert workers.backend() == backend
+
+
+@pytest.mark.parametrize("said_by", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_fewer_gpus_than_workers_are_refused(monkeypatch: pytest.MonkeyPatch, said_by: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv(said_by, "2")
+    with pytest.raises(StageError, match="2 workers on this machine share 1 GPU"):
+        workers.device()
 
 
 @workers.metered

@@ -83,7 +83,11 @@ def test_a_configuration_stands_at_its_mean_over_seeds() -> None:
 def test_who_alone_had_the_easy_seed_is_not_on_the_front_for_that() -> None:
     found = [
         replace(trial(name, size, 0.0, seed), metrics={"lm_loss.after": loss + seed})
-        for name, size, loss, seeds in (("good", 100, 1.0, range(3)), ("poor", 200, 1.2, [0]))
+        for name, size, loss, seeds in (
+            ("good", 81_402_688, 1.0, range(3)),
+            ("poor", 81_402_688, 1.2, [0]),
+            ("others", 81_402_689, 1.3, [1, 2]),
+        )
         for seed in seeds
     ]
     assert names(sweep(found), y="lm_loss.after") == ["good"]

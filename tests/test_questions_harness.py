@@ -38,6 +38,9 @@ def shuffled(docs):
         return doc | {"choices": choices, "gold": order.index(doc["gold"])}
     return docs.map(one, load_from_cache_file=False)
 
+def of_all(items):
+    return len(items)
+
 def process_results(doc, results):
     masses = [math.exp(value) for value, _ in results]
     true = [mass for mass, label in zip(masses, doc["labels"]) if label]
@@ -290,7 +293,8 @@ def test_what_cannot_be_asked_is_told_before_anything_starts(
     describe("misspelt", ROWS, **choices(doc_to_text="{{qwery}}"))
     describe("locked", ROWS, **choices(num_fewshot=0))
     whole = {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}
-    describe("whole", ROWS, **choices(metric_list=[*metrics("acc"), whole]))
+    own = whole | {"metric": "acc_norm", "aggregation": "!function judge.of_all"}
+    describe("whole", ROWS, **choices(metric_list=[*metrics("acc"), whole, own]))
     told = {
         HarnessTask(name="chosen", shots=1): None,
         HarnessTask(name="chosin", shots=1): "has no task chosin; nearest: chosen",
@@ -310,6 +314,7 @@ def test_what_cannot_be_asked_is_told_before_anything_starts(
             name="whole", shots=0, metric="mcc"
         ): "mcc is of all questions at once, and none of its halves has one; metrics of single "
         "questions: acc",
+        HarnessTask(name="whole", shots=0, metric="acc_norm"): "acc_norm is of all questions",
     }
     expected = [message for message in told.values() if message]
     for message, part in zip(questions.missing(told), expected, strict=True):

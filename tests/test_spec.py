@@ -281,6 +281,20 @@ def test_a_data_folder_holds_text_and_questions(texts, tmp_path_factory):
     assert moved.evaluate.tasks[1].path == elsewhere / "data" / "piqa.jsonl"
 
 
+def test_an_absolute_path_stays_where_it_is_whatever_the_data_folder(texts, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "heldout.txt"
+    elsewhere.write_text("elsewhere\n")
+    for name in ("train.txt", "piqa.jsonl"):
+        texts.edit("profiles/tiny.yaml", f"data/{name}", name)
+    texts.edit("profiles/tiny.yaml", "data/heldout.txt", str(elsewhere))
+    texts.edit("profiles/tiny.yaml", "trial:\n", "trial:\n  data_folder: data\n")
+    results = tmp_path_factory.mktemp("results") / "sweep.yaml"
+    for text in (texts.load().dump_yaml(), texts.load().dump_yaml(relative_to=results.parent)):
+        results.write_text(text)
+        moved = load(results, overrides=(f"data_folder={texts.root / 'profiles' / 'data'}",))
+        assert enumerate_trials(moved).trials[0].config.corpus.heldout == elsewhere
+
+
 def test_the_resolved_sweep_can_be_given_another_data_folder(texts, tmp_path_factory):
     folder = texts.root / "profiles" / "data"
     for name in ("train.txt", "heldout.txt", "piqa.jsonl"):

@@ -66,8 +66,16 @@ _sandbox.filters |= harness.env.filters
 harness.env = _sandbox
 
 FEWSHOT_SEED = 1234
-OF_ALL_QUESTIONS = ("f1", "matthews_corrcoef", "bleu", "chrf", "chrf++", "ter")
-"""The harness' ways to make one number of all answers that say nothing of a single one."""
+BY_QUESTION = (
+    "mean",
+    "nanmean",
+    "brier_score",
+    "perplexity",
+    "weighted_perplexity",
+    "bits_per_byte",
+)
+"""The harness' ways to make one number of all answers that are, or have, one of each. Others, as
+F1 or BLEU, say nothing of a single answer; of a perplexity, ours is the mean over documents."""
 SEEDS = 0, 1234, 1234
 """Of Python, numpy and torch, as the harness' own command has them: some tasks shuffle choices."""
 
@@ -368,7 +376,8 @@ def _check(task: Task) -> None:
 
 
 def _is_of_all_questions(aggregation: Callable[..., float] | None) -> bool:
-    return aggregation in [registry.get_aggregation(name) for name in OF_ALL_QUESTIONS]
+    known = [registry.get_aggregation(name) for name in BY_QUESTION]
+    return aggregation is not None and aggregation not in known
 
 
 def _names_its_metrics_late(each: Any) -> bool:

@@ -16,7 +16,7 @@ from functools import wraps
 import torch
 from torch import Tensor, distributed
 
-from trainers.contract import ConfigT, StageContext, StageResult
+from trainers.contract import ConfigT, StageContext, StageError, StageResult
 
 Run = Callable[[StageContext[ConfigT]], StageResult]
 
@@ -50,19 +50,22 @@ def mean_over_workers(values: Tensor) -> Tensor:
 
 
 def device() -> torch.device:
-    """The GPU of this worker where there is one for each on this machine, else the CPU."""
-    if _has_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def _has_gpus(count: int) -> bool:
-    return torch.cuda.is_available() and torch.cuda.device_count() >= count
+    """The GPU of this worker where there are any, else the CPU. Raises `StageError` where there are
+    fewer than workers: they would talk as on GPUs and compute as on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if (gpus := torch.cuda.device_count()) < here:
+        raise StageError(
+            f"{here} workers on this machine share {gpus} GPU: start no more workers than GPUs, or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def backend() -> str:
     """What workers talk through on this machine, for each kind of tensor."""
-    return "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def metered(run: Run[ConfigT]) -> Run[ConfigT]:
@@ -88,7 +91,7 @@ def join() -> bool:
     """Make the launched processes one group, unless they are. Gives whether this call did."""
     if launched()[1] == 1 or distributed.is_initialized():
         return False
-    if device().type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.set_device(device())
     distributed.init_process_group(backend())
     return True
