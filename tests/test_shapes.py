@@ -67,6 +67,18 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("value", [{"a": 1}, "9", 0, -3, True, 2.5])
+def test_a_config_whose_sizes_are_none_is_refused_by_name(key: str, value: Any) -> None:
+    config = {
+        "model_type": "llama", "vocab_size": 20, "hidden_size": 64, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+    }  # fmt: skip
+    assert shape_of(config | {"num_key_value_heads": None}).num_key_value_heads == 8
+    with pytest.raises(ValueError, match=f"no usable {key}"):
+        shape_of(config | {key: value})
+
+
 @given(configs())
 @settings(max_examples=60, deadline=None)
 def test_parameters_from_the_config_equal_those_of_the_model(config: dict[str, Any]) -> None:

@@ -181,18 +181,25 @@ class Shape:
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The shape that a Hugging Face config describes. Raises `ValueError` where it cannot."""
     family = family_of(config)
-    heads = _size(config, "num_attention_heads")
-    hidden = _size(config, "hidden_size")
+
+    def size(key: str, usual: int | None = None) -> int:
+        value = family.setting(key, config)
+        value = usual if value is None else value
+        if type(value) is not int or value <= 0:
+            raise ValueError(f"the model's config has no usable {key}: {value!r}")
+        return value
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
     return Shape(
         family=family,
         config=dict(config),
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=size("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_hidden_layers=_size(config, "num_hidden_layers"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=int(family.setting("num_key_value_heads", config) or heads),
-        head_dim=int(family.setting("head_dim", config) or hidden // heads),
+        num_key_value_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", hidden // heads),
         tie_word_embeddings=family.flag("tie_word_embeddings", config),
     )
 
@@ -201,13 +208,6 @@ def llama_config(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
     """The Hugging Face config of a random-weight Llama."""
     sizes = shape.model_dump(exclude={"scale_residual_init"})
     return {"model_type": "llama", "vocab_size": vocab_size, **sizes}
-
-
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"the model's config has no usable {key}: {value!r}")
-    return value
 
 
 # --- what pruning may make of a model ---------------------------------------------------------
