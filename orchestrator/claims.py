@@ -370,14 +370,15 @@ def _effect(measure: Measure, pairs: Sequence[_Pair]) -> _Effect | None:
         return None
     effect = _mean_effect(measure, counted)
     lacking = {p.compared for p in pairs} - {p.compared for p in counted}
-    notes = [effect.note]
-    if left := len(pairs) - len(counted):
+    notes, left = [effect.note], len(pairs) - len(counted)
+    if left:
         notes.append(f"{left} of {len(pairs)} pairs left out: a trial of their seed has no value")
     if lacking:
         notes.append(f"{len(lacking)} of the settings compared have no value at all")
     everything = {p.compared for p in counted}
     by_seed = _seeds(counted).values()
-    uneven = not lacking and any({p.compared for p in found} != everything for found in by_seed)
+    same = all({p.compared for p in found} == everything for found in by_seed)
+    uneven = left > 0 and not lacking and not same
     if uneven:
         notes.append("fewer than two seeds have every pair")
     note = "; ".join(filter(None, notes)) or None
@@ -392,9 +393,11 @@ def _seeds(pairs: Iterable[_Pair]) -> dict[str, list[_Pair]]:
 
 
 def _counted(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """The measured pairs of those seeds that have all that any seed has, where these are at least
-    two; else all measured ones."""
+    """The measured pairs. Where some are lost: of those seeds alone that have all that any seed has,
+    if these are at least two."""
     measured = [pair for pair in pairs if pair.measured]
+    if len(measured) == len(pairs):
+        return measured
     everything = {pair.compared for pair in measured}
     by_seed = _seeds(measured)
     full = [s for s, found in by_seed.items() if {p.compared for p in found} == everything]
