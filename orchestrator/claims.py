@@ -393,8 +393,8 @@ def _seeds(pairs: Iterable[_Pair]) -> dict[str, list[_Pair]]:
 
 
 def _counted(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """The measured pairs. Where some are lost: of those seeds alone that have all that any seed has,
-    if these are at least two."""
+    """The measured pairs; where some are lost, those of the seeds that have all that any seed has, if
+    these are at least two."""
     measured = [pair for pair in pairs if pair.measured]
     if len(measured) == len(pairs):
         return measured
