@@ -393,7 +393,7 @@ def _seeds(pairs: Iterable[_Pair]) -> dict[str, list[_Pair]]:
 
 
 def _counted(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """The measured pairs; where some are lost, those of the seeds that have all that any seed has, if
+    """The measured pairs; where some are lost, those of the seeds that have all that any has, if
     these are at least two."""
     measured = [pair for pair in pairs if pair.measured]
     if len(measured) == len(pairs):
