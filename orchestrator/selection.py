@@ -481,11 +481,16 @@ def _share(estimate: Estimate) -> Estimate:
 
 def winner(ranking: Ranking | None) -> Winner | None:
     """The cheapest configuration among those tied with the best: fewest parameters, then fewest
-    tokens trained, then the better mean. None where there is no ranking."""
+    tokens trained, then the better mean. None where there is no ranking.
+
+    A baseline is there to be compared with, and wins only where no configuration of the grid is
+    tied: with few questions, random weights of the smallest shape may be.
+    """
     if ranking is None:
         return None
     sign = 1.0 if ranking.mode == "max" else -1.0
-    chosen = min(ranking.tied, key=_cost)
+    of_grid = [each for each in ranking.tied if each.baseline is None]
+    chosen = min(of_grid or ranking.tied, key=_cost)
     # Seeds with equal values: the lowest seed, so that the choice does not hang on row order.
     trial = max(chosen.trials, key=lambda t: (sign * (value_of(t, ranking.metric) or 0.0), -t.seed))
     teachers = [t for t in ranking.records.trials if t.baseline == TEACHER]

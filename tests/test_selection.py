@@ -297,6 +297,21 @@ def test_the_truly_best_is_among_the_tied_though_it_is_noisier_than_most() -> No
     assert missed <= stats.binom.ppf(0.99, sweeps, 0.05)
 
 
+def test_a_baseline_wins_only_where_no_configuration_of_the_grid_is_tied() -> None:
+    records = with_noise(np.random.default_rng(2), [2.0, 2.0])
+    control = [
+        replace(t, baseline="control", axes={}) if t.axes["way"] == 1 else t for t in records.trials
+    ]
+    ranking = ranking_of(replace(records, trials=tuple(control)), "throughput.a")
+    assert all(each.tied for each in ranking.configurations)
+    chosen = winner(ranking)
+    assert chosen is not None and chosen.configuration.baseline is None
+    assert (chosen.configuration.parameters or 0) > 999, "the control is smaller"
+    alone = [t for t in control if t.baseline]
+    chosen = winner(ranking_of(replace(records, trials=tuple(alone)), "throughput.a"))
+    assert chosen is not None and chosen.configuration.baseline == "control"
+
+
 def test_seeds_that_change_nothing_are_no_repetitions() -> None:
     values = {
         f"{name}-{seed}": v for name, v in (("task", 3.0), ("perplexity", 3.1)) for seed in (0, 1)
